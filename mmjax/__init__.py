@@ -1,0 +1,5 @@
+"""mmjax: multimodal models in JAX."""
+
+from mmjax.build import build
+
+__all__ = ["build"]

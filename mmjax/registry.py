@@ -1,0 +1,58 @@
+"""Named things: models, sources, augmentations, optimizers, evaluators."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class UnknownNameError(ValueError):
+    """A name that is not registered, or a key that does not exist."""
+
+
+def nearest(name: str, options: Iterable[str]) -> str:
+    """A phrase for error messages: the closest option, then all of them."""
+    options = sorted(str(option) for option in options)
+    close = difflib.get_close_matches(str(name), options, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}Valid: {', '.join(options) or '(none)'}."
+
+
+class Registry(Generic[T]):
+    """A mapping from a name to an object, filled by a decorator.
+
+    Args:
+      kind: what is registered, in the singular; it stands in error messages.
+    """
+
+    def __init__(self, kind: str):
+        self.kind = kind
+        self._entries: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        def add(entry: T) -> T:
+            if name in self._entries:
+                raise ValueError(f"The {self.kind} {name!r} is registered twice.")
+            self._entries[name] = entry
+            return entry
+
+        return add
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._entries:
+            raise UnknownNameError(
+                f"There is no {self.kind} {name!r}; {nearest(name, self._entries)}"
+            )
+        return self._entries[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def names(self) -> list[str]:
+        return sorted(self._entries)

