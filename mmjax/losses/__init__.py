@@ -1,0 +1,17 @@
+"""Losses. Each returns (numerator, denominator), so that sums over batches stay exact."""
+
+from mmjax.losses.classification import softmax_cross_entropy
+from mmjax.losses.contrastive import (
+    ring_sigmoid_contrastive,
+    ring_softmax_contrastive,
+    sigmoid_contrastive,
+    softmax_contrastive,
+)
+
+__all__ = [
+    "ring_sigmoid_contrastive",
+    "ring_softmax_contrastive",
+    "sigmoid_contrastive",
+    "softmax_contrastive",
+    "softmax_cross_entropy",
+]
