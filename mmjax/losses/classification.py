@@ -10,9 +10,9 @@ from mmjax.typing import Array, Bool, Float, Int
 
 def softmax_cross_entropy(
     logits: Float[Array, "b k"],
-    labels: Int[Array, "b"],
+    labels: Int[Array, " b"],
     *,
-    mask: Bool[Array, "b"] | None = None,
+    mask: Bool[Array, " b"] | None = None,
     label_smoothing: float = 0.0,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Cross entropy with label smoothing (Szegedy et al. 2016, arXiv:1512.00567, section 7).

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from mmjax.losses import softmax_cross_entropy
 
@@ -15,8 +14,10 @@ def data():
     return rng.normal(size=(6, 5)).astype(np.float32) * 10, rng.integers(0, 5, 6)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_equals_torch(data, smoothing):
+    torch = pytest.importorskip("torch")
     logits, labels = data
     numerator, denominator = softmax_cross_entropy(
         jnp.asarray(logits), jnp.asarray(labels), label_smoothing=smoothing

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -55,6 +54,7 @@ def value_and_gradients(loss, args):
 
 
 def torch_value_and_gradients(kind, args):
+    torch = pytest.importorskip("torch")
     from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
     image, text, *scalars = leaves = [torch.tensor(np.asarray(x), requires_grad=True) for x in args]
@@ -76,6 +76,7 @@ def assert_equal(got, expected, tolerance):
         np.testing.assert_allclose(gradient, reference, rtol=0, atol=tolerance * max(size, 1e-3))
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("kind", DENSE)
 def test_dense_equals_transformers(kind):
     args = arguments(kind)
@@ -124,6 +125,7 @@ def test_ring_passes_the_cotangent_on(kind):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("kind", RING)
 def test_stable_at_the_largest_scale(kind):
     """CLIP's clamp allows 100; opposite features then have logits of -100 to 100 and more."""
@@ -175,11 +177,12 @@ def test_bad_input():
 TOWER = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("kind", DENSE)
 def test_equals_the_loss_of_transformers_models(kind):
     """`return_loss=True` of CLIPModel and SiglipModel, from the features that they return."""
-    import transformers
-
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
     prefix = {"softmax": "CLIP", "sigmoid": "Siglip"}[kind]
     config = getattr(transformers, f"{prefix}Config")(
         text_config=dict(TOWER, vocab_size=50, max_position_embeddings=8),
