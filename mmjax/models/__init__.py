@@ -1,0 +1,33 @@
+"""The models, by name."""
+
+from flax import nnx
+
+from mmjax.models.clip import CLIP, CLIPConfig
+from mmjax.models.siglip import SigLIP, SigLIPConfig
+from mmjax.models.sizes import text_size, vit_size
+from mmjax.models.text import TextConfig, TextOutput, TextTransformer
+from mmjax.models.vit import ViT, ViTConfig, ViTOutput
+from mmjax.registry import Registry
+
+# name -> (the dataclass of its config, the module built from one)
+MODELS: Registry[tuple[type, type[nnx.Module]]] = Registry("model")
+MODELS.register("vit")((ViTConfig, ViT))
+MODELS.register("text")((TextConfig, TextTransformer))
+MODELS.register("clip")((CLIPConfig, CLIP))
+MODELS.register("siglip")((SigLIPConfig, SigLIP))
+
+__all__ = [
+    "CLIP",
+    "MODELS",
+    "CLIPConfig",
+    "SigLIP",
+    "SigLIPConfig",
+    "TextConfig",
+    "TextOutput",
+    "TextTransformer",
+    "ViT",
+    "ViTConfig",
+    "ViTOutput",
+    "text_size",
+    "vit_size",
+]

@@ -1,0 +1,71 @@
+"""The feed-forward part of a block, plain or gated, and the activations it can have."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+
+from mmjax.nn.linear import XAVIER, Linear
+from mmjax.nn.partition import constrain
+from mmjax.registry import Registry
+from mmjax.typing import Array, Float
+
+ACTIVATIONS: Registry[Callable[[Array], Array]] = Registry("activation")
+ACTIVATIONS.register("gelu")(functools.partial(jax.nn.gelu, approximate=False))
+ACTIVATIONS.register("gelu_tanh")(functools.partial(jax.nn.gelu, approximate=True))
+ACTIVATIONS.register("relu")(jax.nn.relu)
+ACTIVATIONS.register("silu")(jax.nn.silu)
+
+
+@ACTIVATIONS.register("quick_gelu")
+def quick_gelu(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """The approximation of OpenAI's CLIP: x * sigmoid(1.702 x)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+class MLP(nnx.Module):
+    """`down(activation(up(x)))`, or `down(activation(gate(x)) * up(x))` where gated.
+
+    Gated with "silu" it is SwiGLU, with "gelu" or "gelu_tanh" GeGLU (Shazeer, 2020).
+
+    Args:
+      width: of input and output.
+      hidden: width in between.
+      activation: a name in `ACTIVATIONS`.
+      gated: whether there is a gate.
+      bias: whether the linear maps have biases.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        *,
+        activation: str,
+        gated: bool = False,
+        bias: bool = True,
+        rngs: nnx.Rngs,
+    ):
+        # As in big_vision: Xavier kernels and all but zero biases.
+        linear = functools.partial(
+            Linear,
+            bias=bias,
+            kernel_init=XAVIER,
+            bias_init=nnx.initializers.normal(1e-6),
+            rngs=rngs,
+        )
+        self.activation = ACTIVATIONS[activation]
+        self.up = linear(width, hidden)
+        self.gate = linear(width, hidden) if gated else None
+        self.down = linear(hidden, width)
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        hidden = self.up(x)
+        if self.gate is None:
+            hidden = self.activation(hidden)
+        else:
+            hidden = self.activation(self.gate(x)) * hidden
+        return self.down(constrain(hidden, "batch", "tokens", "mlp"))

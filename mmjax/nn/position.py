@@ -1,0 +1,115 @@
+"""Where a token stands: learned, sine-cosine and rotary."""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mmjax.registry import Registry
+from mmjax.typing import Array, Float, Int
+
+POSITIONS: Registry[type[nnx.Module]] = Registry("position embedding")
+
+
+@POSITIONS.register("learned")
+class LearnedPosition(nnx.Module):
+    """A learned vector for each place of a grid, interpolated to other grids.
+
+    Args:
+      grid: (rows, columns) the table is made for.
+      prefix: number of tokens before the patches (the class token) that have one as well.
+      width: of a token.
+    """
+
+    def __init__(self, grid: tuple[int, int], prefix: int, width: int, *, rngs: nnx.Rngs):
+        self.grid = grid
+        self.prefix = prefix
+        init = nnx.initializers.normal(1 / math.sqrt(width))  # as in big_vision
+        shape = (prefix + grid[0] * grid[1], width)
+        self.embedding = nnx.Param(init(rngs.params(), shape, jnp.float32))
+
+    def __call__(self, grid: tuple[int, int]) -> Float[Array, "n d"]:
+        """Vectors for the prefix and for a grid of patches, row by row."""
+        table = self.embedding[...]
+        if grid == self.grid:
+            return table
+        patches = interpolate_grid(table[self.prefix :], self.grid, grid)
+        return jnp.concatenate([table[: self.prefix], patches])
+
+
+@POSITIONS.register("sincos2d")
+class SinCosPosition(nnx.Module):
+    """Fixed sines and cosines of both coordinates; the prefix gets zeros. No parameters."""
+
+    def __init__(self, grid: tuple[int, int], prefix: int, width: int, *, rngs: nnx.Rngs):
+        if width % 4 or width < 8:
+            raise ValueError(f"Sine-cosine positions need a width of 8, 12, 16, ..., not {width}.")
+        self.prefix = prefix
+        self.width = width
+
+    def __call__(self, grid: tuple[int, int]) -> Float[Array, "n d"]:
+        patches = sincos2d(grid, self.width)
+        return jnp.asarray(np.pad(patches, ((self.prefix, 0), (0, 0))))
+
+
+def sincos2d(grid: tuple[int, int], width: int, temperature: float = 10_000.0) -> np.ndarray:
+    """[rows * columns, width] float32: sin x, cos x, sin y, cos y at width / 4 frequencies.
+
+    As in big_vision (`models/vit.py`, posemb_sincos_2d), which follows MoCo v3. MAE has another
+    spacing of the frequencies and puts y first.
+    """
+    y, x = np.mgrid[: grid[0], : grid[1]]
+    steps = np.arange(width // 4) / (width // 4 - 1)
+    omega = 1.0 / temperature**steps
+    y, x = (np.outer(axis.ravel(), omega) for axis in (y, x))
+    table = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)
+    return table.astype(np.float32)
+
+
+def interpolate_grid(
+    table: Float[Array, "n d"], source: tuple[int, int], target: tuple[int, int]
+) -> Float[Array, "m d"]:
+    """Resample a table of vectors from one grid to another.
+
+    Bicubic without antialiasing, in float32: what `interpolate_pos_encoding` of the vision
+    models in transformers does (torch's bicubic with align_corners=False).
+    """
+    rows = jnp.asarray(_bicubic(source[0], target[0]))
+    columns = jnp.asarray(_bicubic(source[1], target[1]))
+    grid = table.astype(jnp.float32).reshape(*source, -1)
+    grid = jnp.einsum("rh,hwd,cw->rcd", rows, grid, columns, precision="highest")
+    return grid.reshape(target[0] * target[1], -1).astype(table.dtype)
+
+
+def _bicubic(source: int, target: int) -> np.ndarray:
+    """[target, source] weights of cubic convolution (Keys, 1981) with A = -0.75, edges repeated."""
+    a = -0.75
+    centre = (np.arange(target) + 0.5) * source / target - 0.5
+    first = np.floor(centre).astype(int)
+    weights = np.zeros((target, source))
+    for tap in range(-1, 3):
+        d = np.abs(centre - (first + tap))
+        near = (a + 2) * d**3 - (a + 3) * d**2 + 1
+        far = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
+        place = np.clip(first + tap, 0, source - 1)
+        np.add.at(weights, (np.arange(target), place), np.where(d <= 1, near, far))
+    return weights.astype(np.float32)
+
+
+def rotary(
+    x: Float[Array, "b n h d"], positions: Int[Array, "#b n"], theta: float
+) -> Float[Array, "b n h d"]:
+    """Rotary position embedding (Su et al., 2021) of queries or keys, in float32.
+
+    The convention of Llama in transformers: dimension i is paired with i + d / 2.
+    """
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-np.arange(half, dtype=np.float32) / half)
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
