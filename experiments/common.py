@@ -1,0 +1,87 @@
+"""What all commands share: arguments, distributed start, errors for people."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from ml_collections import ConfigDict
+
+from mmjax import config as configs
+from mmjax.registry import nearest
+
+
+def parser(description: str, *, workdir: bool = True) -> argparse.ArgumentParser:
+    """Arguments of every command that takes a config."""
+    result = argparse.ArgumentParser(
+        description=description,
+        epilog="Any key of the config can be set by --config.KEY=VALUE, e.g. --config.train.steps=100.",
+        allow_abbrev=False,
+    )
+    result.add_argument("--config", required=True, help="configs/....py, or configs/....py:ARGUMENTS")
+    if workdir:
+        result.add_argument("--workdir", required=True, help="the run's own directory")
+    group = result.add_argument_group("several processes (or set the variables JAX knows)")
+    group.add_argument(
+        "--distributed", action="store_true",
+        help="join the cluster that JAX detects (SLURM, MPI, TPU pods)",
+    )
+    group.add_argument("--coordinator", help="HOST:PORT of process 0, where none is detected")
+    group.add_argument("--processes", type=int, help="number of processes")
+    group.add_argument("--process", type=int, help="this process, from 0")
+    return result
+
+
+def parse(
+    result: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> tuple[argparse.Namespace, ConfigDict]:
+    """Arguments and config; unknown ones are errors that name the nearest.
+
+    Raises:
+      ConfigError: on anything that cannot be used.
+    """
+    args, rest = result.parse_known_args(argv)
+    overrides = []
+    for item in rest:
+        if item.startswith("--config."):
+            overrides.append(item.removeprefix("--config."))
+        else:
+            known = [s for action in result._actions for s in action.option_strings]
+            raise configs.ConfigError(
+                f"Unknown argument {item!r}; {nearest(item.split('=')[0], known)} "
+                "Keys of the config are set by --config.KEY=VALUE."
+            )
+    config = configs.load(args.config, overrides)
+    if args.distributed or args.coordinator:
+        import jax
+
+        jax.distributed.initialize(args.coordinator, args.processes, args.process)
+    return args, config
+
+
+def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
+    """Run a command. What a person can mend is told in a line or a few, and the exit code is 1.
+
+    Errors that only a programmer can mend keep their traceback (as does everything if
+    MMJAX_TRACEBACK is set).
+    """
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    logging.getLogger("jax").setLevel(logging.WARNING)
+    try:
+        code = main(None) or 0
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        # JAX's own errors are RuntimeErrors too; only ours are meant to be read without a traceback.
+        if not type(error).__module__.startswith(("mmjax", "builtins")) or os.environ.get(
+            "MMJAX_TRACEBACK"
+        ):
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code)

@@ -1,0 +1,30 @@
+"""Train an experiment, or resume it.
+
+    python -m experiments.train --config configs/siglip/openmoji.py --workdir runs/demo
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+
+from experiments import common
+
+
+def main(argv: Sequence[str] | None) -> int:
+    """Returns 0, or 143 (as a shell reports SIGTERM) if the run was asked to stop and saved."""
+    args, config = common.parse(common.parser(__doc__), argv)
+    from mmjax.train.loop import Preempted, train
+
+    try:
+        metrics = train(config, args.workdir)
+    except Preempted as stopped:
+        print(f"{stopped} Run the same command again to go on.", file=sys.stderr)
+        return 143
+    print(json.dumps(metrics, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    common.run(main)

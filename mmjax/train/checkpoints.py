@@ -1,0 +1,241 @@
+"""Checkpoints by Orbax: written in the background, whole or not at all, restorable on any mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from mmjax.params import Params
+from mmjax.train.state import TrainState
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and what to keep.
+
+    Attributes:
+      every: steps between checkpoints; the last step is always saved.
+      keep: so many latest checkpoints stay.
+      keep_every: checkpoints of these steps stay for good; None: none do.
+      best: an evaluation's metric, e.g. "eval/heldout/text_to_image/R@1"; the checkpoint with its
+        largest value stays too.
+    """
+
+    every: int
+    keep: int = 1
+    keep_every: int | None = None
+    best: str | None = None
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or read; the message says what to do."""
+
+
+class Checkpoints:
+    """The checkpoints of one work directory.
+
+    Each holds the training state and the position of the data iterator. Orbax writes into a temporary
+    directory and renames it when everything is there; leftovers of a killed run are removed.
+
+    Args:
+      directory: where they stand.
+      config: see there.
+    """
+
+    def __init__(self, directory: Path, config: CheckpointConfig):
+        self.directory = Path(directory).absolute()
+        self.config = config
+        keep: list[Any] = [policies.LatestN(config.keep)]
+        if config.keep_every is not None:
+            keep.append(policies.EveryNSteps(config.keep_every))
+        if config.best is not None:
+            best = config.best
+            keep.append(policies.BestN(get_metric_fn=lambda metrics: metrics[best], n=1,
+                                       keep_checkpoints_without_metrics=False))
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            item_names=("state", "data"),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(keep),
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+            ),
+        )
+
+    def save(
+        self, step: int, state: TrainState, data: dict[str, Any], metrics: dict[str, float]
+    ) -> None:
+        """Start to save; returns as soon as the arrays are copied.
+
+        Args:
+          step: updates done.
+          state: the training state.
+          data: the data iterator's state after the last batch that was trained on (JSON).
+          metrics: of the evaluations at this step, for `CheckpointConfig.best`.
+
+        Raises:
+          CheckpointError: if this or the previous save failed, e.g. on a full disk.
+        """
+        if step in self._manager.all_steps():
+            return
+        metrics = metrics if self.config.best in metrics else None
+        with self._explained():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(_as_dict(state)),
+                    data=ocp.args.JsonSave(data),
+                ),
+                metrics=metrics,
+            )
+
+    def restore(self, target: TrainState) -> tuple[int, TrainState, dict[str, Any]] | None:
+        """The latest checkpoint that is whole.
+
+        One that cannot be read is moved aside (to `corrupt-STEP`), never deleted.
+
+        Args:
+          target: shapes with shardings; the mesh may differ from the one that saved.
+
+        Returns:
+          (step, state, data iterator state), or None if there is no checkpoint.
+
+        Raises:
+          CheckpointError: if there are checkpoints but none can be read.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        errors = []
+        for step in steps:
+            try:
+                restored = self._manager.restore(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardRestore(_as_dict(target)),
+                        data=ocp.args.JsonRestore(),
+                    ),
+                )
+            except Exception as error:
+                errors.append(f"  step {step}: {_first_line(error)}")
+                log.warning("Checkpoint %d cannot be read (%s).", step, _first_line(error))
+                continue
+            for bad in steps[: len(errors)]:
+                self._set_aside(bad)
+            return step, TrainState(**restored.state), restored.data
+        if errors:
+            raise CheckpointError(
+                f"None of the checkpoints in {self.directory} can be read:\n" + "\n".join(errors)
+                + "\nThey are left as they are. Mend them, or start again with another --workdir."
+            )
+        return None
+
+    def _set_aside(self, step: int) -> None:
+        if jax.process_index() == 0:
+            aside = self.directory / f"corrupt-{step}"
+            os.rename(self.directory / str(step), aside)
+            log.warning("The unreadable checkpoint of step %d was moved to %s.", step, aside)
+        self._manager.reload()
+
+    def wait(self) -> None:
+        """Block until everything is on disk.
+
+        Raises:
+          CheckpointError: if it could not be written.
+        """
+        with self._explained():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    def close(self) -> None:
+        self.wait()
+        self._manager.close()
+
+    def _explained(self):
+        return _Explained(self.directory)
+
+
+class _Explained:
+    """Turns a failed write into an error that says what to do."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if isinstance(error, Exception) and not isinstance(error, CheckpointError):
+            raise CheckpointError(
+                f"A checkpoint could not be written to {self.directory}: {_first_line(error)}\n"
+                "Earlier checkpoints are unharmed. Free space or mend the file system, then run the "
+                "same command again: it resumes from the last whole checkpoint."
+            ) from error
+
+
+def _as_dict(state: TrainState) -> dict[str, Any]:
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def restore_params(directory: Path, targets: Params) -> Params:
+    """Some parameters from the latest checkpoint of a run, straight into sharded arrays.
+
+    Args:
+      directory: the run's checkpoint directory.
+      targets: {path in that run: shape with sharding}.
+
+    Returns:
+      {path in that run: array}; moving averages where the run kept them.
+
+    Raises:
+      CheckpointError: if there is no checkpoint, or parameters are missing or of another shape (all are
+        listed).
+    """
+    directory = Path(directory).absolute()
+    steps = ocp.utils.checkpoint_steps(directory) if directory.is_dir() else []
+    if not steps:
+        raise CheckpointError(f"There is no checkpoint in {directory}.")
+    item = directory / str(max(steps)) / "state"
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        saved = checkpointer.metadata(item).item_metadata.tree
+        where, problems = {}, []
+        for path, target in targets.items():
+            group = next(
+                (g for g in ("ema", "trainable", "frozen") if path in (saved.get(g) or {})), None
+            )
+            if group is None:
+                problems.append(f"  {path!r} is not there")
+            elif tuple(saved[group][path].shape) != tuple(target.shape):
+                problems.append(
+                    f"  {path!r} has shape {tuple(saved[group][path].shape)} there, "
+                    f"{tuple(target.shape)} here"
+                )
+            else:
+                where[path] = group
+        if problems:
+            raise CheckpointError(
+                f"{item} does not hold what config.init asks for:\n" + "\n".join(problems)
+            )
+        tree: dict[str, Params] = {}
+        for path, group in where.items():
+            tree.setdefault(group, {})[path] = targets[path]
+        restored = checkpointer.restore(
+            item,
+            args=ocp.args.PyTreeRestore(
+                item=tree,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
+                partial_restore=True,
+            ),
+        )
+    return {path: restored[group][path] for path, group in where.items()}

@@ -1,0 +1,332 @@
+"""From a config to the parts of an experiment: mesh, model, shardings, optimizer, step.
+
+Nothing here allocates a parameter or reads data, so that `experiments.plan` can use it for a mesh that
+is not there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+import mmjax
+from mmjax import rules, sharding
+from mmjax.config import ConfigError, dataclass_from, split_name
+from mmjax.nn import backend
+from mmjax.nn.partition import activation_sharding
+from mmjax.params import Params, abstract, split
+from mmjax.registry import nearest
+from mmjax.train import checkpoints, flops, state
+from mmjax.train.optimizers import OptimizerConfig, make_optimizer, make_schedule
+from mmjax.train.schedules import Schedule
+from mmjax.train.step import make_step
+from mmjax.train.tasks import TASKS, Task
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long, with how much, and what is told of it.
+
+    Attributes:
+      steps: updates in all.
+      batch_size: examples per update over all devices.
+      accumulate: each batch is worked on in so many parts, with the same result and less memory.
+      log_every: steps between rows of metrics.
+      wandb: a Weights & Biases project, or None.
+    """
+
+    steps: int
+    batch_size: int
+    accumulate: int = 1
+    log_every: int = 50
+    wandb: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RulesConfig:
+    """The rules tables: rows of (pattern over the whole parameter path, value); see mmjax.rules.
+
+    Attributes:
+      sharding: strategies of mmjax.sharding.
+      trainable: True or False; frozen parameters get neither gradients nor optimizer state. All later
+        tables are about trainable parameters only.
+      learning_rate: factors of the learning rate.
+      weight_decay: factors of the weight decay.
+    """
+
+    sharding: rules.Table = sharding.DEFAULT_RULES
+    trainable: rules.Table = ((".*", True),)
+    learning_rate: rules.Table = ((".*", 1.0),)
+    weight_decay: rules.Table = ((r"(.*/)?kernel", 1.0), (".*", 0.0))
+
+
+# The groups of a config and the dataclasses that check them; None: checked where it is used.
+GROUPS: dict[str, type | None] = {
+    "seed": None,
+    "task": None,
+    "model": None,
+    "init": None,
+    "data": None,
+    "mesh": sharding.MeshConfig,
+    "rules": RulesConfig,
+    "optimizer": OptimizerConfig,
+    "train": TrainConfig,
+    "checkpoint": checkpoints.CheckpointConfig,
+    "evals": None,
+}
+
+
+def base_config(
+    *,
+    task: dict[str, Any],
+    model: dict[str, Any],
+    data: dict[str, Any],
+    optimizer: dict[str, Any],
+    train: dict[str, Any],
+    checkpoint: dict[str, Any],
+    evals: dict[str, Any] | None = None,
+    rules: dict[str, Any] | None = None,
+    mesh: dict[str, Any] | None = None,
+    init: Sequence[tuple[str, str, str]] = (),
+    seed: int = 0,
+) -> ConfigDict:
+    """A complete config: what is given, and the defaults of every key that is not.
+
+    Raises:
+      ConfigError: naming unknown and missing keys.
+    """
+    given = {
+        "mesh": mesh or {},
+        "rules": rules or {},
+        "optimizer": optimizer,
+        "train": train,
+        "checkpoint": checkpoint,
+    }
+    full: dict[str, Any] = {
+        "seed": seed,
+        "task": task,
+        "model": model,
+        "init": tuple(init),
+        "data": data,
+        "evals": evals or {},
+    }
+    for name, fields in given.items():
+        checked = dataclass_from(GROUPS[name], fields, f"config.{name}")
+        full[name] = {f.name: getattr(checked, f.name) for f in dataclasses.fields(checked)}
+    return ConfigDict(full)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """The parts of an experiment.
+
+    Attributes:
+      make: builds the model.
+      graphdef: its structure.
+      shapes: shape and dtype of every parameter.
+      placed: sharding of every parameter.
+      trainable: whether each parameter is trained.
+      step: the training step, a pure function (state, batch) -> (state, metrics).
+    """
+
+    config: ConfigDict
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    checkpoint: checkpoints.CheckpointConfig
+    mesh: Mesh
+    make: Callable[[], nnx.Module]
+    graphdef: nnx.GraphDef
+    shapes: Params
+    placed: dict[str, NamedSharding]
+    trainable: dict[str, bool]
+    task: Task
+    tx: optax.GradientTransformation
+    schedule: Schedule
+    step: Callable
+
+    def fresh_state(self, params: Params) -> state.TrainState:
+        return state.create(
+            params,
+            self.trainable,
+            self.tx,
+            seed=self.config.seed,
+            ema=self.optimizer.ema is not None,
+        )
+
+    def abstract_state(self) -> state.TrainState:
+        """Shapes of the state before the first step, with their shardings."""
+        shapes = jax.eval_shape(self.fresh_state, self.shapes)
+        return state.with_shardings(shapes, state.shardings(shapes, self.placed, self.mesh))
+
+    def initial_state(self, loaded: Params) -> state.TrainState:
+        """The state before the first step: loaded parameters, and the others initialised."""
+        target = self.abstract_state()
+        params = state.initialise(self.make, self.placed, loaded)
+        # Sharded and committed like every later state, or the step would compile twice.
+        where = jax.tree.map(lambda leaf: leaf.sharding, target)
+        return jax.jit(self.fresh_state, out_shardings=where, donate_argnums=0)(params)
+
+    def lower_step(self, batch: Any, platform: str | None = None) -> jax.stages.Lowered:
+        """The traced training step.
+
+        Args:
+          batch: arrays, or shapes with shardings.
+          platform: the mesh's, if it is not the one of this process.
+        """
+        target = self.abstract_state()
+        where = jax.tree.map(lambda leaf: leaf.sharding, target)
+        jitted = jax.jit(
+            self.step,
+            donate_argnums=0,
+            out_shardings=(where, sharding.replicated(self.mesh)),
+        )
+        constraint = sharding.activation_constraint(self.mesh)
+        with backend.compiling_for(platform or backend.platform()), activation_sharding(constraint):
+            return jitted.lower(target, batch)
+
+    def step_flops(self, batch: Any) -> float:
+        """Matmul FLOPs of one step on all devices together (see mmjax.train.flops)."""
+        config = self.config.copy_and_resolve_references()
+        plain = prepare(_with_value(config, "remat", "none"), mesh=self.mesh)
+        # Traced for the CPU, where attention is written out; kernels of a GPU hide their products.
+        with backend.compiling_for("cpu"):
+            return flops.matmul_flops(plain.step, plain.abstract_state(), batch)
+
+
+def prepare(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
+    """Check a config and make the parts of its experiment.
+
+    Args:
+      config: a complete config, e.g. from `mmjax.config.load`.
+      mesh: a mesh instead of the one that config.mesh describes over this machine's devices.
+
+    Raises:
+      ConfigError, RuleError, MeshError, ValueError: whatever is wrong with the config.
+    """
+    problems = [f"  config.{key} is unknown; {nearest(key, GROUPS)}" for key in config
+                if key not in GROUPS]
+    problems += [f"  config.{key} is missing" for key in GROUPS if key not in config]
+    if problems:
+        raise ConfigError("The config is not complete:\n" + "\n".join(problems))
+    parts = {
+        name: dataclass_from(cls, config[name], f"config.{name}")
+        for name, cls in GROUPS.items()
+        if cls is not None
+    }
+    training, optimizer = parts["train"], parts["optimizer"]
+    for name, value in (("steps", training.steps), ("log_every", training.log_every),
+                        ("accumulate", training.accumulate), ("batch_size", training.batch_size)):
+        if value < 1:
+            raise ConfigError(f"config.train.{name} must be at least 1, not {value}.")
+    if mesh is None:
+        mesh = sharding.make_mesh(parts["mesh"])
+    sharding.check_batch(
+        training.batch_size,
+        mesh,
+        accumulate=training.accumulate,
+        processes=jax.process_count(),
+    )
+
+    def make() -> nnx.Module:
+        return mmjax.build(config.model, rngs=nnx.Rngs(config.seed))
+
+    graphdef, shapes = abstract(make)
+    tables = parts["rules"]
+    placed = sharding.parameter_shardings(shapes, tables.sharding, mesh)
+    trainable = rules.match(tables.trainable, shapes, name="rules.trainable")
+    trained = {path: leaf for path, leaf in shapes.items() if trainable[path]}
+    if not trained:
+        raise ConfigError("config.rules.trainable freezes every parameter: nothing is left to train.")
+    schedule = make_schedule(optimizer, training.steps)
+    tx = make_optimizer(
+        optimizer,
+        schedule,
+        trained,
+        lr_table=tables.learning_rate,
+        decay_table=tables.weight_decay,
+    )
+    name, options = split_name(config.task, "config.task")
+    try:
+        task = TASKS[name](mesh, **options)
+    except TypeError as error:
+        raise ConfigError(f"config.task {name!r}: {error}") from None
+    step = make_step(
+        task, graphdef, tx, accumulate=training.accumulate, ema=optimizer.ema
+    )
+    return Experiment(
+        config=config,
+        train=training,
+        optimizer=optimizer,
+        checkpoint=parts["checkpoint"],
+        mesh=mesh,
+        make=make,
+        graphdef=graphdef,
+        shapes=shapes,
+        placed=placed,
+        trainable=trainable,
+        task=task,
+        tx=tx,
+        schedule=schedule,
+        step=step,
+    )
+
+
+def load_initial(experiment: Experiment) -> Params:
+    """Parameters that config.init takes from other runs, straight into sharded arrays.
+
+    Rows of config.init are (pattern over this model's paths, work directory, path there); the third may
+    refer to groups of the pattern: `("image/(.*)", "runs/vit", r"\\1")`. The first match wins; what no
+    row matches is initialised at random.
+
+    Raises:
+      CheckpointError: if a run has no checkpoint, or lacks a parameter.
+      RuleError: if a row matches nothing.
+    """
+    import re
+
+    wanted: dict[str, dict[str, str]] = {}
+    left = list(experiment.shapes)
+    for row in experiment.config.init:
+        pattern, workdir, there = row
+        taken = [path for path in left if re.fullmatch(pattern, path)]
+        if not taken:
+            raise rules.RuleError(
+                f"The row {tuple(row)!r} of config.init matches no parameter of the model. Its "
+                "parameters are:\n" + "\n".join(f"  {path}" for path in experiment.shapes)
+            )
+        left = [path for path in left if path not in taken]
+        for path in taken:
+            wanted.setdefault(workdir, {})[path] = re.fullmatch(pattern, path).expand(there)
+    loaded: Params = {}
+    targets = state.with_shardings(experiment.shapes, experiment.placed)
+    for workdir, names in wanted.items():
+        arrays = checkpoints.restore_params(
+            Path(workdir) / "checkpoints", {there: targets[here] for here, there in names.items()}
+        )
+        loaded |= {here: arrays[there] for here, there in names.items()}
+    return loaded
+
+
+def _with_value(config: ConfigDict, key: str, value: Any) -> ConfigDict:
+    """A copy in which every field of this name, at any depth of config.model, has this value."""
+
+    def visit(node: ConfigDict) -> None:
+        for name in node:
+            if name == key:
+                node[name] = value
+            elif isinstance(node[name], ConfigDict):
+                visit(node[name])
+
+    visit(config.model)
+    return config
+
+
+__all__ = ["Experiment", "TrainConfig", "base_config", "load_initial", "prepare", "split"]

@@ -1,0 +1,65 @@
+"""Analytical FLOPs of a training step: matrix products only, as papers count them.
+
+Counted on the traced program of the step without rematerialisation, so that recomputation earns no
+credit and frozen parts are counted as they are run. Products within causal attention count half
+(Dao et al., FlashAttention; PaLM appendix B gives the same convention of counting).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+from jax.extend import core
+
+from mmjax.nn.attention import CAUSAL_SCOPE
+
+# Dense bf16 matrix peak of one device in TFLOP/s, from the vendors' data sheets, by device kind.
+PEAK_TFLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312.0,
+    "NVIDIA A100-SXM4-80GB": 312.0,
+    "NVIDIA H100 80GB HBM3": 989.4,
+    "NVIDIA H200": 989.4,
+    "TPU v4": 275.0,
+    "TPU v5 lite": 197.0,
+    "TPU v5p": 459.0,
+    "TPU v6 lite": 918.0,
+}
+
+
+def matmul_flops(function: Callable, *arguments) -> float:
+    """FLOPs of the matrix products and convolutions of `function(*arguments)`.
+
+    Args:
+      function: traced, never run.
+      *arguments: arrays or shapes.
+    """
+    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _count(jaxpr: core.Jaxpr) -> float:
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name == "dot_general":
+            flops = _dot_flops(equation)
+            if CAUSAL_SCOPE in str(equation.source_info.name_stack):
+                flops /= 2
+            total += flops
+        elif name == "conv_general_dilated":
+            kernel = equation.invars[1].aval.shape
+            out_features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
+            total += 2 * equation.outvars[0].aval.size * math.prod(kernel) / out_features
+        elif name == "cond":
+            total += max(_count(branch.jaxpr) for branch in equation.params["branches"])
+        else:
+            repeats = equation.params["length"] if name == "scan" else 1
+            total += repeats * sum(map(_count, core.jaxprs_in_params(equation.params)))
+    return total
+
+
+def _dot_flops(equation) -> float:
+    (contract, _), _ = equation.params["dimension_numbers"]
+    left = equation.invars[0].aval.shape
+    return 2 * equation.outvars[0].aval.size * math.prod(left[i] for i in contract)

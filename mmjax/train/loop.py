@@ -1,0 +1,318 @@
+"""The training loop: one for every task. It knows nothing of models, data or losses."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from mmjax import data as datasets
+from mmjax import sharding
+from mmjax.config import ConfigError, to_json
+from mmjax.evaluate import EvalContext, build_evaluators
+from mmjax.evaluate.sheets import learning_curves
+from mmjax.train import workdir as workdirs
+from mmjax.train.checkpoints import Checkpoints
+from mmjax.train.experiment import Experiment, load_initial, prepare
+from mmjax.train.flops import PEAK_TFLOPS
+from mmjax.train.logging import MetricsWriter, progress, read_metrics
+
+log = logging.getLogger(__name__)
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what to do."""
+
+
+class Preempted(Exception):
+    """The run was asked to stop (SIGTERM); its checkpoint is saved."""
+
+
+def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
+    """Train, or resume training, until config.train.steps.
+
+    Args:
+      config: a complete config.
+      workdir: the run's own directory; one that holds this run is resumed.
+
+    Returns:
+      The metrics of the last evaluation.
+
+    Raises:
+      Preempted: after SIGTERM, when the checkpoint is saved.
+      TrainingError: if the loss is no longer finite.
+      and the errors of config, data, mesh, rules, work directory and checkpoints.
+    """
+    workdir = Path(workdir).absolute()
+    experiment = prepare(config)
+    with workdirs.claim(workdir, config):
+        return _train(experiment, workdir)
+
+
+def _train(experiment: Experiment, workdir: Path) -> dict[str, float]:
+    config, mesh = experiment.config, experiment.mesh
+    tokenizer = build_tokenizer(config, workdir)
+    loader = datasets.open_train(
+        config.data,
+        tokenizer,
+        batch_size=experiment.train.batch_size // jax.process_count(),
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    writer = MetricsWriter(
+        workdir, wandb_project=experiment.train.wandb, config=json.loads(to_json(config))
+    )
+    saved = Checkpoints(workdir / "checkpoints", experiment.checkpoint)
+    evaluators = build_evaluators(
+        config.evals,
+        EvalContext(
+            graphdef=experiment.graphdef,
+            mesh=mesh,
+            task=experiment.task,
+            tokenizer=tokenizer,
+            workdir=workdir,
+        ),
+    )
+    restored = saved.restore(experiment.abstract_state())
+    if restored is None:
+        start, state = 0, experiment.initial_state(load_initial(experiment))
+    else:
+        start, state, position = restored
+        loader.set_state(position)
+        log.info("Resuming from step %d.", start)
+    workdirs.add_manifest(
+        workdir, workdirs.manifest(config, resumed_from=start, data=loader.describe())
+    )
+    writer.start(start)
+    run = _Run(experiment, workdir, loader, writer, saved, evaluators)
+    try:
+        with _StopOnSignal() as stop:
+            return run.run(state, start, stop)
+    finally:
+        loader.close()
+        writer.close()
+
+
+@dataclasses.dataclass
+class _Run:
+    experiment: Experiment
+    workdir: Path
+    loader: Any
+    writer: MetricsWriter
+    saved: Checkpoints
+    evaluators: dict[str, Any]
+
+    def run(self, state: Any, start: int, stop: _StopOnSignal) -> dict[str, float]:
+        training, checkpoint = self.experiment.train, self.experiment.checkpoint
+        evaluated: dict[str, float] = {}
+        if start >= training.steps:
+            log.info("The run is complete; nothing is left to do.")
+            rows = [row for row in read_metrics(self.writer.path) if row["step"] == start]
+            return {k: v for row in rows for k, v in row.items() if k.startswith("eval/")}
+        clock = _Clock(self.experiment)
+        bar = progress(training.steps, start)
+        step_function = None
+        pending = None
+        for step in range(start + 1, training.steps + 1):
+            with clock.waiting():
+                batch = next(self.loader)
+            arrays = sharding.global_batch(batch.arrays, self.experiment.mesh)
+            if step_function is None:
+                self._check_fields(arrays)
+                # Compiled ahead of time: a second compilation is not slow but impossible.
+                step_function = clock.compiled(self.experiment, arrays)
+            with jax.transfer_guard("disallow"):
+                state, metrics = step_function(state, arrays)
+            # One step late, so that the device works while the host waits.
+            if pending is not None:
+                self._check_finite(*pending)
+            pending = (step, metrics["loss"], batch)
+            bar.update()
+
+            last = step == training.steps
+            stopping = stop.requested(step)
+            logs = last or step % training.log_every == 0
+            saves = last or stopping or step % checkpoint.every == 0
+            due = [name for name, evaluator in self.evaluators.items()
+                   if last or step % evaluator.every == 0]
+            if not (logs or saves or due):
+                continue
+            self._check_finite(*pending)
+            pending = None
+            if logs:
+                row = self._row(step, jax.device_get(metrics)) | clock.read(step)
+                self.writer.write(step, row)
+                bar.set_postfix_str(
+                    f"loss {row['train/loss']:.4g}, data wait {row['perf/data_wait_share']:.0%}"
+                )
+            if due:
+                with clock.paused():
+                    evaluated = self._evaluate(state, step, last=last)
+            if saves:
+                with clock.paused():
+                    self.writer.sync()
+                    self.saved.save(step, state, batch.state, evaluated if due else {})
+            if stopping and not last:
+                bar.close()
+                self.saved.close()
+                raise Preempted(f"Stopped on SIGTERM after step {step}; the checkpoint is saved.")
+        bar.close()
+        self.saved.close()
+        return evaluated
+
+    def _row(self, step: int, metrics: dict[str, np.ndarray]) -> dict[str, float]:
+        row = {f"train/{name}": float(value) for name, value in metrics.items()}
+        rate = self.experiment.optimizer.learning_rate * self.experiment.schedule(step - 1)
+        return row | {"train/learning_rate": float(rate)}
+
+    def _evaluate(self, state: Any, step: int, last: bool) -> dict[str, float]:
+        row = {}
+        for name, evaluator in self.evaluators.items():
+            if last or step % evaluator.every == 0:
+                for metric, value in evaluator.run(state.eval_params).items():
+                    row[f"eval/{name}/{metric}"] = float(value)
+        if row:
+            self.writer.write(step, row)
+        if last and jax.process_index() == 0:
+            self.writer.sync()
+            learning_curves(self.writer.path, self.workdir / "learning_curves.png")
+        return row
+
+    def _check_fields(self, arrays: dict[str, jax.Array]) -> None:
+        missing = [name for name in self.experiment.task.fields if name not in arrays]
+        if missing:
+            raise ConfigError(
+                f"The task {self.experiment.config.task.name!r} needs the arrays {missing}, but "
+                f"batches have {sorted(arrays)}. Add {missing} to config.data.train."
+            )
+
+    def _check_finite(self, step: int, loss: jax.Array, batch: Any) -> None:
+        value = float(jax.device_get(loss))
+        if math.isfinite(value):
+            return
+        path = self.workdir / f"nonfinite-step-{step}-process-{jax.process_index()}.json"
+        report = {"step": step, "loss": str(value), "ids": batch.ids, "data_state": batch.state}
+        workdirs.write_atomically(path, json.dumps(report, indent=2))
+        raise TrainingError(
+            f"The loss of step {step} is {value}. The examples of its batch are listed in {path}; "
+            "nothing of this step was saved. Look at these examples, lower "
+            "config.optimizer.learning_rate or set config.optimizer.clip_norm, and start again: a "
+            "resumed run meets the same batch."
+        )
+
+
+class _Clock:
+    """Rates of the training steps proper: compiling, evaluating and saving do not count."""
+
+    def __init__(self, experiment: Experiment):
+        self.batch_size = experiment.train.batch_size
+        self.compile_seconds = 0.0
+        self.flops = 0.0
+        self._reset()
+
+    def _reset(self) -> None:
+        self.began, self.idle, self.wait, self.steps = time.perf_counter(), 0.0, 0.0, 0
+
+    def compiled(self, experiment: Experiment, arrays: Any):
+        began = time.perf_counter()
+        self.flops = experiment.step_flops(arrays)
+        compiled = experiment.lower_step(arrays).compile()
+        self.compile_seconds = time.perf_counter() - began
+        self.began += self.compile_seconds
+        return compiled
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.wait += time.perf_counter() - began
+        self.steps += 1
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.idle += time.perf_counter() - began
+
+    def read(self, step: int) -> dict[str, float]:
+        """Since the last reading."""
+        seconds = time.perf_counter() - self.began - self.idle
+        devices = jax.device_count()
+        rate = self.steps / seconds
+        tflops = rate * self.flops / devices / 1e12
+        row = {
+            "perf/steps_per_second": rate,
+            "perf/examples_per_second_per_device": rate * self.batch_size / devices,
+            "perf/data_wait_share": self.wait / seconds,
+            "perf/model_tflops_per_device": tflops,
+            "perf/compile_seconds": self.compile_seconds,
+        }
+        device = jax.local_devices()[0]
+        if device.device_kind in PEAK_TFLOPS:
+            row["perf/mfu"] = tflops / PEAK_TFLOPS[device.device_kind]
+        memory = device.memory_stats()
+        if memory:
+            row["perf/peak_memory_gib"] = memory["peak_bytes_in_use"] / 2**30
+        self._reset()
+        return row
+
+
+class _StopOnSignal:
+    """SIGTERM asks the run to save and stop after the step at hand.
+
+    With several processes all must stop after the same step: JAX's preemption service agrees on one.
+    """
+
+    def __enter__(self) -> _StopOnSignal:
+        self._asked = False
+        self._single = jax.process_count() == 1
+        if self._single:
+            self._before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._single:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _ask(self, *_: object) -> None:
+        self._asked = True
+
+    def requested(self, step: int) -> bool:
+        if self._single:
+            return self._asked
+        return multihost_utils.reached_preemption_sync_point(step)
+
+
+def build_tokenizer(config: ConfigDict, workdir: Path) -> Any:
+    """The tokenizer of config.data, checked against the model's vocabulary; None where there is none.
+
+    Raises:
+      ConfigError: if the tokenizer has more tokens than the model has embeddings.
+    """
+    if config.data.tokenizer is None:
+        return None
+    # The first process may have to train it; the others read what it wrote.
+    if jax.process_index() == 0:
+        datasets.build_tokenizer(config.data, workdir)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("tokenizer")
+    tokenizer = datasets.build_tokenizer(config.data, workdir)
+    if "text" in config.model and tokenizer.vocab_size > config.model.text.vocab_size:
+        raise ConfigError(
+            f"The tokenizer has {tokenizer.vocab_size} tokens, but the model has embeddings for "
+            f"{config.model.text.vocab_size}. Set config.model.text.vocab_size to at least that."
+        )
+    return tokenizer

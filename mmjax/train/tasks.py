@@ -1,0 +1,140 @@
+"""Tasks: what is learnt. A task is a loss function; the loop knows nothing of models.
+
+    task.loss(model, batch, rng) -> (numerator, denominator), metrics
+
+Metrics are (numerator, denominator) pairs too, so that parts of a batch add up exactly. A task whose
+loss couples the examples of a batch is a `FeatureTask`: it says how to compute features of a part
+of the batch and the loss from the features of the whole, and so can be accumulated exactly.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from mmjax import losses
+from mmjax.registry import Registry, nearest
+from mmjax.sharding import BATCH_AXES
+from mmjax.typing import Array
+
+Batch = dict[str, Array]
+Ratio = tuple[Any, Any]
+Result = tuple[Ratio, dict[str, Ratio]]
+
+TASKS: Registry[type[Task]] = Registry("task")
+
+
+class Task(abc.ABC):
+    """A loss that is a sum over examples.
+
+    Attributes:
+      fields: the arrays that a batch must have.
+    """
+
+    fields: tuple[str, ...]
+
+    @abc.abstractmethod
+    def loss(self, model: nnx.Module, batch: Batch, rng: Array | None) -> Result:
+        """The loss of a batch. `rng` None: deterministic, as in evaluation."""
+
+
+class FeatureTask(Task):
+    """A loss over features of the whole batch, e.g. contrastive."""
+
+    @abc.abstractmethod
+    def features(self, model: nnx.Module, batch: Batch, rng: Array | None) -> dict[str, Array]:
+        """Features of each example, [B, ...] each."""
+
+    @abc.abstractmethod
+    def loss_of_features(self, model: nnx.Module, features: dict[str, Array]) -> Result:
+        """The loss of a batch from its features."""
+
+    def loss(self, model: nnx.Module, batch: Batch, rng: Array | None) -> Result:
+        return self.loss_of_features(model, self.features(model, batch, rng))
+
+
+@TASKS.register("contrastive")
+class Contrastive(FeatureTask):
+    """CLIP's and SigLIP's objective for models with `encode_image`, `encode_text`, `scale_and_bias`.
+
+    Args:
+      mesh: where the batch lies.
+      loss: "softmax" (CLIP) or "sigmoid" (SigLIP).
+      chunked: exchange blocks of features around the ring of devices, so that memory per device does
+        not grow with their number; otherwise every device sees the logits of the whole batch.
+    """
+
+    fields = ("image", "text", "text_mask")
+
+    def __init__(self, mesh: Mesh, *, loss: str, chunked: bool):
+        if loss not in ("softmax", "sigmoid"):
+            raise ValueError(f"config.task.loss is {loss!r}; {nearest(loss, ('softmax', 'sigmoid'))}")
+        self.sigmoid = loss == "sigmoid"
+        self.chunked = chunked
+        self.mesh = mesh
+
+    def features(self, model, batch, rng):
+        image_rng, text_rng = (None, None) if rng is None else jax.random.split(rng)
+        return {
+            "image": model.encode_image(batch["image"], rng=image_rng),
+            "text": model.encode_text(batch["text"], batch["text_mask"], rng=text_rng),
+        }
+
+    def loss_of_features(self, model, features):
+        scale, bias = model.scale_and_bias()
+        arguments = (features["image"], features["text"], scale)
+        arguments += (bias,) if self.sigmoid else ()
+        if self.chunked:
+            ring = losses.ring_sigmoid_contrastive if self.sigmoid else losses.ring_softmax_contrastive
+            ratio = ring(*arguments, mesh=self.mesh, axes=BATCH_AXES)
+        else:
+            dense = losses.sigmoid_contrastive if self.sigmoid else losses.softmax_contrastive
+            ratio = dense(*arguments)
+        metrics = {"scale": (scale, 1.0)}
+        if self.sigmoid:
+            metrics["bias"] = (bias, 1.0)
+        return ratio, metrics
+
+
+@TASKS.register("classification")
+class Classification(Task):
+    """Cross entropy of a classifier whose output has `logits`.
+
+    Args:
+      mesh: unused; every task is given it.
+      label_smoothing: share of the target that is spread over all classes.
+      mixup: parameter of the Beta distribution of mixing weights (Zhang et al., 2018); 0 is off. One
+        weight per batch, partners are the batch reversed.
+    """
+
+    fields = ("image", "label")
+
+    def __init__(self, mesh: Mesh, *, label_smoothing: float = 0.0, mixup: float = 0.0):
+        del mesh
+        self.label_smoothing = label_smoothing
+        self.mixup = mixup
+
+    def loss(self, model, batch, rng):
+        images, labels = batch["image"], batch["label"]
+        model_rng, mix_rng = (None, None) if rng is None else jax.random.split(rng)
+        mixes = self.mixup > 0 and rng is not None
+        if mixes:
+            weight = jax.random.beta(mix_rng, self.mixup, self.mixup)
+            images = weight * images + (1 - weight) * images[::-1]
+        logits = model(images, rng=model_rng).logits
+        correct = jnp.sum(jnp.argmax(logits, -1) == labels)
+
+        def cross_entropy(targets):
+            return losses.softmax_cross_entropy(
+                logits, targets, label_smoothing=self.label_smoothing
+            )
+
+        numerator, denominator = cross_entropy(labels)
+        if mixes:
+            numerator = weight * numerator + (1 - weight) * cross_entropy(labels[::-1])[0]
+        return (numerator, denominator), {"accuracy": (correct, denominator)}
