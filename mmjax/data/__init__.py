@@ -1,0 +1,26 @@
+"""Data: sources with random access, HF-exact images, tokenizers, and the resumable loader."""
+
+from mmjax.data import tfds_source as _tfds_source  # noqa: F401  (registers the source)
+from mmjax.data.image import PRESETS, CorruptImageError, denormalize, preprocess
+from mmjax.data.loader import EvalLoader, Loader, open_eval, open_train
+from mmjax.data.pipeline import Batch, Skipped, TooManyBadRecordsError
+from mmjax.data.sources import SOURCES, DataNotFoundError, open_source
+from mmjax.data.tokenizer import build_tokenizer
+
+__all__ = [
+    "PRESETS",
+    "SOURCES",
+    "Batch",
+    "CorruptImageError",
+    "DataNotFoundError",
+    "EvalLoader",
+    "Loader",
+    "Skipped",
+    "TooManyBadRecordsError",
+    "build_tokenizer",
+    "denormalize",
+    "open_eval",
+    "open_source",
+    "open_train",
+    "preprocess",
+]

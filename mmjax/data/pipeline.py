@@ -1,0 +1,308 @@
+"""From records to batches: what one batch is, as a pure function of its positions."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+from mmjax.data.image import (
+    PRESETS,
+    CorruptImageError,
+    check_loaded,
+    fit,
+    normalize_into,
+    open_image,
+)
+from mmjax.data.sources import Source, get_field
+from mmjax.data.spec import DataSpec
+from mmjax.data.tokenizer import Tokenizer
+
+# How many neighbours are tried in the place of a broken record.
+MAX_NEIGHBOURS = 32
+
+
+class BadRecordError(ValueError):
+    """A record that cannot be used: no image in its bytes, or no caption."""
+
+
+class TooManyBadRecordsError(ValueError):
+    """More broken records than the config allows."""
+
+
+class Skipped(NamedTuple):
+    """A record that was not used: `record` is its name, `error` what was wrong."""
+
+    record: str
+    error: str
+
+
+@dataclass
+class Batch:
+    """`arrays`: image [B, H, W, 3] float32; text [B, T] int32 and text_mask [B, T] bool; label [B]
+    int32, as far as configured. `ids`: names of the records. `valid` [B] bool: False for padding and,
+    in evaluation, for broken records. `texts`: the captions. `truncated`: captions cut to fit."""
+
+    arrays: dict[str, np.ndarray]
+    ids: list[str]
+    valid: np.ndarray
+    texts: list[str] | None = None
+    skipped: list[Skipped] = field(default_factory=list)
+    truncated: int = 0
+
+
+def _draw_caption(record: dict, spec: DataSpec, name: str, rng: np.random.Generator | None) -> str:
+    """The record's caption: drawn by `rng`, or the first where rng is None (evaluation)."""
+    chosen = spec.text.field
+    if rng is not None and spec.text.also is not None and rng.random() < spec.text.also_share:
+        if len(get_field(record, spec.text.also, name)):
+            chosen = spec.text.also
+    value = get_field(record, chosen, name)
+    if isinstance(value, (list, tuple, np.ndarray)):
+        if len(value) == 0:
+            raise BadRecordError(f"the field {chosen!r} holds no caption")
+        value = value[0 if rng is None else int(rng.integers(len(value)))]
+    if not isinstance(value, str) or not value.strip():
+        raise BadRecordError(f"the field {chosen!r} holds no caption but {value!r}")
+    return value
+
+
+class Maker:
+    """Makes samples and batches of records.
+
+    Args:
+      spec: what is made of a record.
+      sources: where records come from.
+      tokenizer: needed where spec.text is set.
+    """
+
+    def __init__(self, spec: DataSpec, sources: Sequence[Source], tokenizer: Tokenizer | None):
+        if spec.text is not None and tokenizer is None:
+            raise ValueError("The data config has `text` but no tokenizer: set data.tokenizer.")
+        self.spec = spec
+        self.sources = list(sources)
+        self.tokenizer = tokenizer
+
+    def check(self) -> None:
+        """Looks at one record of each source, so that a wrong field fails at once, by name."""
+        for source in self.sources:
+            record, name = source[0], source.id(0)
+            for part in (self.spec.image, self.spec.text, self.spec.label):
+                if part is not None:
+                    get_field(record, part.field, name)
+            if self.spec.text is not None and self.spec.text.also is not None:
+                get_field(record, self.spec.text.also, name)
+
+    def empty(self, size: int) -> dict[str, np.ndarray]:
+        arrays: dict[str, np.ndarray] = {}
+        if self.spec.image is not None:
+            side = self.spec.image.size
+            arrays["image"] = np.empty((size, side, side, 3), np.float32)
+        if self.spec.label is not None:
+            arrays["label"] = np.zeros(size, np.int32)
+        return arrays
+
+    def make(
+        self,
+        arrays: dict[str, np.ndarray],
+        row: int,
+        source: Source,
+        index: int,
+        rng: np.random.Generator | None,
+    ) -> str | None:
+        """Fills one row from one record; returns its caption.
+
+        Raises:
+          BadRecordError, CorruptImageError: this record cannot be used.
+        """
+        try:
+            record = source[index]
+        except OSError as error:
+            raise BadRecordError(f"{type(error).__name__}: {error}") from error
+        name = source.id(index)
+        text = None
+        if self.spec.text is not None:
+            text = _draw_caption(record, self.spec, name, rng)
+        if self.spec.image is not None:
+            self._make_image(
+                get_field(record, self.spec.image.field, name), arrays["image"][row], rng
+            )
+        if self.spec.label is not None:
+            arrays["label"][row] = get_field(record, self.spec.label.field, name)
+        return text
+
+    def _make_image(self, data: Any, out: np.ndarray, rng: np.random.Generator | None) -> None:
+        spec = self.spec.image
+        image = open_image(data)
+        if not (spec.augment and spec.augment[0].draws_unloaded):
+            image = check_loaded(image)
+        if rng is not None:
+            for augmentation in spec.augment:
+                image = augmentation(image, rng, spec.size)
+        preset = PRESETS[spec.preset]
+        normalize_into(fit(image, preset, spec.size), preset, out)
+
+    def finish(self, arrays: dict[str, np.ndarray], texts: list[str]) -> int:
+        """Tokenizes the captions into `arrays`; returns how many were cut."""
+        if self.spec.text is None:
+            return 0
+        encoded = self.tokenizer.encode(texts, self.spec.text.max_len)
+        arrays["text"], arrays["text_mask"] = encoded.ids, encoded.mask
+        return encoded.truncated
+
+
+def record_order(lengths: Sequence[int], weights: Sequence[float], seed: int) -> grain.MapDataset:
+    """Global position -> (source, record), endless: every source is shuffled anew in each of its
+    epochs, and the sources interleave in proportion to their weights."""
+    parts = []
+    for k, length in enumerate(lengths):
+        shuffle_seed = int(np.random.SeedSequence([seed, k]).generate_state(1)[0])
+        part = grain.MapDataset.range(length).shuffle(seed=shuffle_seed)
+        parts.append(part.repeat().map(lambda index, k=k: (k, index)))
+    return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, list(weights))
+
+
+class TrainBatches:
+    """Batch n of one process, n = 0, 1, ...: a random access source for grain.
+
+    The global batch n takes the positions start + n * G ... + G - 1, and process p the p-th block of
+    them: the global batch does not depend on the number of processes.
+    """
+
+    def __init__(
+        self,
+        maker: Maker,
+        order: grain.MapDataset,
+        *,
+        seed: int,
+        start: int,
+        batch_size: int,
+        process_index: int,
+        process_count: int,
+    ):
+        self._maker = maker
+        self._order = order
+        self._seed = seed
+        self._batch_size = batch_size
+        self._first = start + process_index * batch_size
+        self._stride = process_count * batch_size
+
+    def __len__(self) -> int:
+        return (sys.maxsize - self._first) // self._stride
+
+    def __getitem__(self, n: int) -> _Made:
+        first = self._first + n * self._stride
+        arrays = self._maker.empty(self._batch_size)
+        made = _Made(arrays)
+        for row in range(self._batch_size):
+            self._fill(made, row, first + row)
+        made.truncated = self._maker.finish(arrays, made.texts)
+        return made.as_element()
+
+    def _fill(self, made: _Made, row: int, position: int) -> None:
+        k, index = self._order[position]
+        source = self._maker.sources[k]
+        for step in range(min(MAX_NEIGHBOURS, len(source))):
+            neighbour = (index + step) % len(source)
+            # Counter-based and keyed by the position: the same numbers wherever this runs.
+            rng = np.random.Generator(np.random.Philox(key=[self._seed, position]))
+            try:
+                text = self._maker.make(made.arrays, row, source, neighbour, rng)
+            except (BadRecordError, CorruptImageError) as error:
+                made.skipped.append(Skipped(source.id(neighbour), str(error)))
+                continue
+            made.ids.append(source.id(neighbour))
+            if text is not None:
+                made.texts.append(text)
+            return
+        names = "\n".join(f"  {bad.record}: {bad.error}" for bad in made.skipped[-10:])
+        raise TooManyBadRecordsError(
+            f"{MAX_NEIGHBOURS} records in a row cannot be used; the last of them:\n{names}\n"
+            "Check the paths and the field names of this source."
+        )
+
+
+class EvalBatches:
+    """Batch n of one process over the sources one after the other, in their order, padded at the end.
+
+    Broken records keep their row, with valid = False.
+    """
+
+    def __init__(self, maker: Maker, *, batch_size: int, process_index: int, process_count: int):
+        self._maker = maker
+        self._batch_size = batch_size
+        self._process_index = process_index
+        self._stride = batch_size * process_count
+        self._ends = np.cumsum([len(source) for source in maker.sources])
+
+    def __len__(self) -> int:
+        return -(-int(self._ends[-1]) // self._stride)
+
+    def __getitem__(self, n: int) -> dict[str, Any]:
+        first = n * self._stride + self._process_index * self._batch_size
+        arrays = self._maker.empty(self._batch_size)
+        made = _Made(arrays, valid=np.zeros(self._batch_size, bool))
+        for row in range(self._batch_size):
+            name, text = self._fill(made, row, first + row)
+            made.ids.append(name)
+            made.texts.append(text)
+        made.truncated = self._maker.finish(arrays, made.texts)
+        return made.as_element()
+
+    def _fill(self, made: _Made, row: int, position: int) -> tuple[str, str]:
+        name, text = "padding", ""
+        if position < self._ends[-1]:
+            k = int(np.searchsorted(self._ends, position, side="right"))
+            source = self._maker.sources[k]
+            index = position - (int(self._ends[k - 1]) if k else 0)
+            name = source.id(index)
+            try:
+                text = self._maker.make(made.arrays, row, source, index, None) or ""
+                made.valid[row] = True
+            except (BadRecordError, CorruptImageError) as error:
+                made.skipped.append(Skipped(name, str(error)))
+        if not made.valid[row]:
+            for array in made.arrays.values():
+                array[row] = 0
+        return name, text
+
+
+class _Notes:
+    """Everything but the arrays; a class of its own, so that grain moves it between processes as one."""
+
+    def __init__(self, ids, texts, skipped, truncated):
+        self.ids, self.texts, self.skipped, self.truncated = ids, texts, skipped, truncated
+
+
+@dataclass
+class _Made:
+    """A batch in the making."""
+
+    arrays: dict[str, np.ndarray]
+    valid: np.ndarray | None = None
+    ids: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    truncated: int = 0
+
+    def as_element(self) -> dict[str, Any]:
+        """What grain carries: arrays (through shared memory) and one opaque object."""
+        valid = self.valid if self.valid is not None else np.ones(len(self.ids), bool)
+        notes = _Notes(self.ids, self.texts, self.skipped, self.truncated)
+        return {"arrays": self.arrays, "valid": valid, "notes": notes}
+
+
+def to_batch(element: dict[str, Any], has_text: bool) -> Batch:
+    notes = element["notes"]
+    return Batch(
+        arrays=dict(element["arrays"]),
+        ids=notes.ids,
+        valid=element["valid"],
+        texts=notes.texts if has_text else None,
+        skipped=notes.skipped,
+        truncated=notes.truncated,
+    )

@@ -1,0 +1,240 @@
+"""Text to ids: tokenizers trained on the run's own captions, or those of a HF directory.
+
+Ids are int32 [B, T], padded on the right to T = max_len; the mask is True where a token may be
+attended to. Trained tokenizers write `<bos> caption <eos> <pad>...`, lower-cased; truncation cuts the
+caption and keeps `<eos>`. HF tokenizers follow their own conventions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tokenizers
+
+from mmjax.data.sources import existing, get_field, open_source
+from mmjax.data.spec import DataSpec, call_strictly, parse, plain, split_name
+from mmjax.data.tfds_source import locked
+from mmjax.registry import Registry
+
+PAD, UNKNOWN, BOS, EOS = "<pad>", "<unk>", "<bos>", "<eos>"
+_SPECIAL = [PAD, UNKNOWN, BOS, EOS]  # ids 0, 1, 2, 3
+
+
+class Encoded(NamedTuple):
+    """ids [B, T] int32, mask [B, T] bool, truncated: how many captions lost their end."""
+
+    ids: np.ndarray
+    mask: np.ndarray
+    truncated: int
+
+
+class TrainedTokenizer:
+    """A `tokenizers.Tokenizer` with this module's special tokens."""
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        self._backend = backend
+        self.vocab_size: int = backend.get_vocab_size()
+        self.pad_id, self.unknown_id, self.bos_id, self.eos_id = (
+            backend.token_to_id(token) for token in _SPECIAL
+        )
+
+    def encode(self, texts: Sequence[str], max_len: int) -> Encoded:
+        ids = np.full((len(texts), max_len), self.pad_id, np.int32)
+        mask = np.zeros((len(texts), max_len), bool)
+        truncated = 0
+        for row, encoding in enumerate(self._backend.encode_batch(list(texts))):
+            tokens = encoding.ids
+            if len(tokens) > max_len:
+                truncated += 1
+                tokens = [*tokens[: max_len - 1], self.eos_id]
+            ids[row, : len(tokens)] = tokens
+            mask[row, : len(tokens)] = True
+        return Encoded(ids, mask, truncated)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of one row, without special tokens."""
+        return self._backend.decode([int(i) for i in ids]).strip()
+
+    def save(self, directory: Path) -> None:
+        self._backend.save(str(directory / "tokenizer.json"))
+
+    @classmethod
+    def load(cls, directory: Path) -> TrainedTokenizer:
+        return cls(tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json")))
+
+
+class HFTokenizer:
+    """A tokenizer directory of transformers, with the conventions of its model.
+
+    A tokenizer whose model takes no attention mask (SigLIP's) gets a mask that is True everywhere:
+    the model was trained attending to the padding, at its full length (64), lower-cased.
+    """
+
+    def __init__(self, directory: str):
+        from transformers import AutoTokenizer
+
+        path = existing(directory, "The tokenizer directory")
+        self._backend = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        self._masked = "attention_mask" in self._backend.model_input_names
+        if self._backend.pad_token_id is None:
+            if self._backend.eos_token is None:
+                raise ValueError(f"The tokenizer in {path} has neither a padding nor an end token.")
+            self._backend.pad_token = self._backend.eos_token
+        self._backend.padding_side = "right"
+        self.vocab_size: int = len(self._backend)
+        self.pad_id: int | None = self._backend.pad_token_id
+        self.unknown_id: int | None = self._backend.unk_token_id
+        self.bos_id: int | None = self._backend.bos_token_id
+        self.eos_id: int | None = self._backend.eos_token_id
+
+    def encode(self, texts: Sequence[str], max_len: int) -> Encoded:
+        encoded = self._backend(
+            list(texts),
+            padding="max_length",
+            truncation=True,
+            max_length=max_len,
+            return_attention_mask=True,
+            verbose=False,
+        )
+        ids = np.asarray(encoded["input_ids"], np.int32)
+        mask = np.asarray(encoded["attention_mask"], bool)
+        # Only full rows can have been cut: encode those again without a limit.
+        full = [text for text, row in zip(texts, mask, strict=True) if row.all()]
+        lengths = [len(row) for row in self._backend(full)["input_ids"]] if full else []
+        truncated = sum(length > max_len for length in lengths)
+        return Encoded(ids, mask if self._masked else np.ones_like(mask), truncated)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of one row, without special tokens."""
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=True).strip()
+
+
+Tokenizer = TrainedTokenizer | HFTokenizer
+
+TRAINERS: Registry[Callable[[int], tuple[tokenizers.Tokenizer, Any]]] = Registry("tokenizer")
+
+
+@TRAINERS.register("bpe")
+def _bpe(vocab_size: int):
+    """Byte-level BPE as GPT-2's: no text is unknown."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=_SPECIAL,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    return backend, trainer
+
+
+@TRAINERS.register("wordpiece")
+def _wordpiece(vocab_size: int):
+    """WordPiece as BERT's: words split at spaces and punctuation."""
+    backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token=UNKNOWN))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    backend.decoder = tokenizers.decoders.WordPiece()
+    trainer = tokenizers.trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=_SPECIAL, show_progress=False
+    )
+    return backend, trainer
+
+
+@TRAINERS.register("wordlevel")
+def _wordlevel(vocab_size: int):
+    """One id per word; words outside the vocabulary are unknown."""
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token=UNKNOWN))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    trainer = tokenizers.trainers.WordLevelTrainer(
+        vocab_size=vocab_size, special_tokens=_SPECIAL, show_progress=False
+    )
+    return backend, trainer
+
+
+def train_tokenizer(name: str, texts: Iterator[str], vocab_size: int) -> TrainedTokenizer:
+    """A tokenizer of at most `vocab_size` ids (the four special ones included)."""
+    if name == "bpe" and vocab_size < 256 + len(_SPECIAL):
+        raise ValueError(f"A byte-level bpe needs vocab_size >= 260, not {vocab_size}.")
+    backend, trainer = TRAINERS[name](vocab_size)
+    backend.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.NFKC(), tokenizers.normalizers.Lowercase()]
+    )
+    backend.train_from_iterator(texts, trainer)
+    ids = [(token, backend.token_to_id(token)) for token in (BOS, EOS)]
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{BOS} $A {EOS}", special_tokens=ids
+    )
+    return TrainedTokenizer(backend)
+
+
+def captions_of(record: dict[str, Any], spec: DataSpec, record_id: str) -> list[str]:
+    """All captions of a record, those of the field `also` included."""
+    captions: list[str] = []
+    for field in (spec.text.field, spec.text.also):
+        if field is not None:
+            value = get_field(record, field, record_id)
+            captions += value if isinstance(value, (list, tuple)) else [value]
+    return [caption for caption in captions if isinstance(caption, str) and caption.strip()]
+
+
+def _captions(spec: DataSpec, limit: int) -> Iterator[str]:
+    sources = [open_source(config)[0] for config in spec.sources]
+    total = sum(len(source) for source in sources)
+    stride = max(1, -(-total // limit))
+    for source in sources:
+        for index in range(0, len(source), stride):
+            yield from captions_of(source[index], spec, source.id(index))
+
+
+def build_tokenizer(data_config: Any, workdir: str | os.PathLike) -> Tokenizer | None:
+    """The tokenizer of `config.data`, trained once and then kept in `workdir/tokenizer`.
+
+    `data.tokenizer` is None (no text), `dict(name="hf", directory=...)`, or
+    `dict(name="bpe" | "wordpiece" | "wordlevel", vocab_size=..., captions=200_000)`, trained on at
+    most about `captions` captions of `data.train`, evenly spread. Safe to call from several processes.
+
+    Raises:
+      ValueError: unknown name or field, or the kept tokenizer was made with another config.
+    """
+    data = plain(data_config)
+    if data.get("tokenizer") is None:
+        return None
+    name, arguments = split_name("data.tokenizer", data["tokenizer"])
+    if name == "hf":
+        return call_strictly("tokenizer 'hf'", HFTokenizer, arguments)
+    TRAINERS[name]  # an unknown name is said before anything is read
+
+    def train(vocab_size: int, captions: int = 200_000) -> TrainedTokenizer:
+        spec = parse(data["train"])
+        if spec.text is None:
+            raise ValueError("data.tokenizer is set, but data.train has no text to train it on.")
+        return train_tokenizer(name, _captions(spec, captions), vocab_size)
+
+    directory = Path(workdir).expanduser() / "tokenizer"
+    with locked(directory.with_name(".tokenizer.lock")):
+        if not directory.exists():
+            tokenizer = call_strictly(f"tokenizer {name!r}", train, arguments)
+            temporary = Path(tempfile.mkdtemp(prefix=".tokenizer.", dir=directory.parent))
+            try:
+                tokenizer.save(temporary)
+                (temporary / "config.json").write_text(
+                    json.dumps(data["tokenizer"], sort_keys=True)
+                )
+                os.replace(temporary, directory)  # a directory appears whole or not at all
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    kept = json.loads((directory / "config.json").read_text())
+    if kept != data["tokenizer"]:
+        raise ValueError(
+            f"{directory} was trained with {kept}, but the config says {data['tokenizer']}: use "
+            "another workdir, or remove that directory if nothing was trained with it."
+        )
+    return TrainedTokenizer.load(directory)
