@@ -11,17 +11,18 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from mmjax import data as datasets
 from mmjax import sharding
 from mmjax.config import ConfigError, to_json
-from mmjax.evaluate import EvalContext, build_evaluators
+from mmjax.evaluate import EvalContext, Evaluator, make_evaluator
 from mmjax.evaluate.sheets import learning_curves
 from mmjax.train import workdir as workdirs
 from mmjax.train.checkpoints import Checkpoints
@@ -62,7 +63,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
 
 
 def _train(experiment: Experiment, workdir: Path) -> dict[str, float]:
-    config, mesh = experiment.config, experiment.mesh
+    config = experiment.config
     tokenizer = build_tokenizer(config, workdir)
     loader = datasets.open_train(
         config.data,
@@ -76,16 +77,7 @@ def _train(experiment: Experiment, workdir: Path) -> dict[str, float]:
         workdir, wandb_project=experiment.train.wandb, config=json.loads(to_json(config))
     )
     saved = Checkpoints(workdir / "checkpoints", experiment.checkpoint)
-    evaluators = build_evaluators(
-        config.evals,
-        EvalContext(
-            graphdef=experiment.graphdef,
-            mesh=mesh,
-            task=experiment.task,
-            tokenizer=tokenizer,
-            workdir=workdir,
-        ),
-    )
+    evaluators = make_evaluators(experiment, tokenizer, workdir)
     restored = saved.restore(experiment.abstract_state())
     if restored is None:
         start, state = 0, experiment.initial_state(load_initial(experiment))
@@ -94,7 +86,7 @@ def _train(experiment: Experiment, workdir: Path) -> dict[str, float]:
         loader.set_state(position)
         log.info("Resuming from step %d.", start)
     workdirs.add_manifest(
-        workdir, workdirs.manifest(config, resumed_from=start, data=loader.describe())
+        workdir, workdirs.manifest(config, resumed_from=start, data=loader.get_state())
     )
     writer.start(start)
     run = _Run(experiment, workdir, loader, writer, saved, evaluators)
@@ -106,6 +98,39 @@ def _train(experiment: Experiment, workdir: Path) -> dict[str, float]:
         writer.close()
 
 
+class Scheduled(NamedTuple):
+    """An evaluator, and after how many steps it runs; all run after the last step."""
+
+    evaluator: Evaluator
+    every: int
+
+
+def make_evaluators(experiment: Experiment, tokenizer: Any, workdir: Path) -> dict[str, Scheduled]:
+    """The evaluators of config.evals: `{name: {"name": evaluator, "every": steps, ...}}`.
+
+    Raises:
+      ConfigError, UnknownNameError: on evaluators and fields that do not exist.
+    """
+    context = EvalContext(
+        graphdef=experiment.graphdef,
+        mesh=experiment.mesh,
+        task=experiment.task,
+        tokenizer=tokenizer,
+        workdir=workdir,
+        batch_size=experiment.train.batch_size,
+        open_data=datasets.open_eval,
+    )
+    result = {}
+    for key, entry in experiment.config.evals.items():
+        where = f"config.evals.{key}"
+        fields = entry.to_dict()
+        every = fields.pop("every", None)
+        if not isinstance(every, int) or every < 1:
+            raise ConfigError(f"{where}.every must be a number of steps, not {every!r}.")
+        result[key] = Scheduled(make_evaluator(fields, context, where), every)
+    return result
+
+
 @dataclasses.dataclass
 class _Run:
     experiment: Experiment
@@ -113,7 +138,7 @@ class _Run:
     loader: Any
     writer: MetricsWriter
     saved: Checkpoints
-    evaluators: dict[str, Any]
+    evaluators: dict[str, Scheduled]
 
     def run(self, state: Any, start: int, stop: _StopOnSignal) -> dict[str, float]:
         training, checkpoint = self.experiment.train, self.experiment.checkpoint
@@ -129,6 +154,9 @@ class _Run:
         for step in range(start + 1, training.steps + 1):
             with clock.waiting():
                 batch = next(self.loader)
+            for skipped in batch.skipped:
+                log.warning("Skipped %s: %s", skipped.record, skipped.error)
+            clock.skipped += len(batch.skipped)
             arrays = sharding.global_batch(batch.arrays, self.experiment.mesh)
             if step_function is None:
                 self._check_fields(arrays)
@@ -139,15 +167,14 @@ class _Run:
             # One step late, so that the device works while the host waits.
             if pending is not None:
                 self._check_finite(*pending)
-            pending = (step, metrics["loss"], batch)
+            pending = (step, metrics["loss"], batch.ids)
             bar.update()
 
             last = step == training.steps
             stopping = stop.requested(step)
             logs = last or step % training.log_every == 0
             saves = last or stopping or step % checkpoint.every == 0
-            due = [name for name, evaluator in self.evaluators.items()
-                   if last or step % evaluator.every == 0]
+            due = any(last or step % evaluator.every == 0 for evaluator in self.evaluators.values())
             if not (logs or saves or due):
                 continue
             self._check_finite(*pending)
@@ -164,7 +191,7 @@ class _Run:
             if saves:
                 with clock.paused():
                     self.writer.sync()
-                    self.saved.save(step, state, batch.state, evaluated if due else {})
+                    self.saved.save(step, state, self.loader.get_state(), evaluated if due else {})
             if stopping and not last:
                 bar.close()
                 self.saved.close()
@@ -180,9 +207,11 @@ class _Run:
 
     def _evaluate(self, state: Any, step: int, last: bool) -> dict[str, float]:
         row = {}
-        for name, evaluator in self.evaluators.items():
-            if last or step % evaluator.every == 0:
-                for metric, value in evaluator.run(state.eval_params).items():
+        for name, (evaluator, every) in self.evaluators.items():
+            if last or step % every == 0:
+                scores = evaluator.run(state.eval_params)
+                tqdm.write(f"\n{name}, step {step}\n{evaluator.describe(scores)}")
+                for metric, value in scores.items():
                     row[f"eval/{name}/{metric}"] = float(value)
         if row:
             self.writer.write(step, row)
@@ -199,12 +228,12 @@ class _Run:
                 f"batches have {sorted(arrays)}. Add {missing} to config.data.train."
             )
 
-    def _check_finite(self, step: int, loss: jax.Array, batch: Any) -> None:
+    def _check_finite(self, step: int, loss: jax.Array, ids: list[str]) -> None:
         value = float(jax.device_get(loss))
         if math.isfinite(value):
             return
         path = self.workdir / f"nonfinite-step-{step}-process-{jax.process_index()}.json"
-        report = {"step": step, "loss": str(value), "ids": batch.ids, "data_state": batch.state}
+        report = {"step": step, "loss": str(value), "ids": ids}
         workdirs.write_atomically(path, json.dumps(report, indent=2))
         raise TrainingError(
             f"The loss of step {step} is {value}. The examples of its batch are listed in {path}; "
@@ -221,6 +250,7 @@ class _Clock:
         self.batch_size = experiment.train.batch_size
         self.compile_seconds = 0.0
         self.flops = 0.0
+        self.skipped = 0
         self._reset()
 
     def _reset(self) -> None:
@@ -259,6 +289,7 @@ class _Clock:
             "perf/data_wait_share": self.wait / seconds,
             "perf/model_tflops_per_device": tflops,
             "perf/compile_seconds": self.compile_seconds,
+            "perf/skipped_records": self.skipped,
         }
         device = jax.local_devices()[0]
         if device.device_kind in PEAK_TFLOPS:

@@ -1,0 +1,86 @@
+"""What the two-tower experiments on OpenMoji share."""
+
+from ml_collections import ConfigDict
+
+from mmjax.config import parse_arg
+from mmjax.models.sizes import text_size, vit_size
+from mmjax.train.experiment import base_config
+
+VOCABULARY, MAX_LEN = 2048, 16
+
+
+def two_towers(model: str, arg: str | None) -> ConfigDict:
+    """A SigLIP or CLIP on OpenMoji.
+
+    Args:
+      model: "siglip" or "clip".
+      arg: size (of both towers), res (pixels), patch, batch, steps, lr, chunked, dtype.
+    """
+    arg = parse_arg(
+        arg, size="Xs", res=48, patch=8, batch=128, steps=1200, lr=1e-3, chunked=False,
+        dtype="float32",
+    )
+    common = dict(activation="gelu_tanh", norm_eps=1e-6, dtype=arg.dtype)
+    image = dict(
+        image_size=arg.res, **vit_size(f"{arg.size}/{arg.patch}"), pooling="map",
+        position="learned", **common,
+    )
+    text = dict(vocab_size=VOCABULARY, max_len=MAX_LEN, **text_size(arg.size), **common)
+    if model == "siglip":
+        text |= dict(attention="bidirectional", pooling="last", padding="attend")
+        fields = dict(image=image, text=text)
+        loss = "sigmoid"
+    else:
+        # 3 is <eos> of the tokenizers that mmjax trains.
+        text |= dict(attention="causal", pooling="eos", eos_id=3, padding="attend")
+        fields = dict(image=image, text=text, embed_dim=image["width"])
+        loss = "softmax"
+
+    def data(split: str, augment: tuple = ()) -> dict:
+        return dict(
+            sources=[dict(name="tfds", dataset="openmoji", split=split)],
+            image=dict(preset="siglip", size=arg.res, augment=augment),
+            text=dict(max_len=MAX_LEN),
+            label=dict(),
+        )
+
+    train = data("train", (dict(name="icon_view"),))
+    train["text"] |= dict(also="aliases", also_share=0.3)
+    every = max(arg.steps // 4, 1)
+    return base_config(
+        task=dict(name="contrastive", loss=loss, chunked=arg.chunked),
+        model=dict(name=model, **fields),
+        data=dict(
+            tokenizer=dict(name="wordpiece", vocab_size=VOCABULARY),
+            train=train,
+            workers=0,
+            threads=2,
+            prefetch=4,
+            max_bad_share=0.01,
+        ),
+        optimizer=dict(
+            name="adamw",
+            learning_rate=arg.lr,
+            schedule=dict(name="cosine", warmup=arg.steps // 20),
+            weight_decay=0.1,
+            options=dict(b2=0.95),
+        ),
+        train=dict(steps=arg.steps, batch_size=arg.batch, log_every=20),
+        checkpoint=dict(every=every),
+        evals=dict(
+            seen=dict(
+                name="retrieval", every=every, queries=data("seen_views"),
+                distractors=data("heldout"), reference=data("train"),
+                title="OpenMoji, new views of seen concepts among all concepts",
+            ),
+            heldout=dict(
+                name="retrieval", every=every, queries=data("heldout"), reference=data("train"),
+                sheet="heldout.png", title="OpenMoji, held-out concepts",
+            ),
+            heldout_among_all=dict(
+                name="retrieval", every=every, queries=data("heldout"),
+                distractors=data("seen_views"),
+                title="OpenMoji, held-out concepts among all concepts",
+            ),
+        ),
+    )
