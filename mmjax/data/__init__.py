@@ -1,6 +1,6 @@
 """Data: sources with random access, HF-exact images, tokenizers, and the resumable loader."""
 
-from mmjax.data import tfds_source as _tfds_source  # noqa: F401  (registers the source)
+from mmjax.data import tfds_source, webdataset_source  # noqa: F401  (they register their sources)
 from mmjax.data.image import PRESETS, CorruptImageError, denormalize, preprocess
 from mmjax.data.loader import EvalLoader, Loader, open_eval, open_train
 from mmjax.data.pipeline import Batch, Skipped, TooManyBadRecordsError

@@ -1,8 +1,9 @@
 """Named augmentations, configured by their fields, each driven by an explicit numpy Generator.
 
-An augmentation is a frozen dataclass called as `op(image, rng, size) -> image` on PIL images; `size`
-is the side in pixels of the square the model will see. All randomness comes from `rng`, which the
-loader derives from (seed, global position): results do not depend on threads, workers or processes.
+An augmentation is a frozen dataclass called as `op(image, rng, size) -> image` on PIL images;
+`size` is the side in pixels of the square the model will see. All randomness comes from `rng`,
+which the loader derives from (seed, global position): results do not depend on threads, workers or
+processes.
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ class Augmentation:
 class RandomResizedCrop(Augmentation):
     """A crop of random area and aspect, resized to the square (Szegedy et al. 2014; torchvision).
 
-    Ten draws of (area share in `scale`, log-uniform aspect in `ratio`); if none fits, the centre crop
-    of the nearest allowed aspect. Large JPEGs are decoded at 1/2, 1/4 or 1/8 by the codec when the
-    crop stays at least as large as the output.
+    Ten draws of (area share in `scale`, log-uniform aspect in `ratio`); if none fits, the centre
+    crop of the nearest allowed aspect. Large JPEGs are decoded at 1/2, 1/4 or 1/8 by the codec when
+    the crop stays at least as large as the output.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
@@ -234,8 +235,9 @@ class RandAugment(Augmentation):
 
 @AUGMENTATIONS.register("icon_view")
 @dataclass(frozen=True)
-class icon_view(Augmentation):
-    """An icon with an alpha channel, seen anew: turned, scaled, shifted, on another ground, recoloured.
+class IconView(Augmentation):
+    """An icon with an alpha channel, seen anew: turned, scaled, shifted, on another ground,
+    recoloured.
 
     Fields: `rotate` degrees to either side; `zoom` range of the icon's size relative to the frame;
     `shift` share of the frame to either side; `ground` darkest level of a random light background;
@@ -257,24 +259,21 @@ class icon_view(Augmentation):
         gains = (1 + rng.uniform(-self.tint, self.tint, size=3)) * (
             1 + rng.uniform(-self.brightness, self.brightness)
         )
-        # Bilinear sampling aliases below about half size: draw small views at twice the size.
-        factor = 2 if image.width > 1.5 * size else 1
-        side = size * factor
         # Premultiplied alpha, so that the colour under transparent pixels does not bleed in.
         icon = image.convert("RGBA").convert("RGBa")
-        step = icon.width / (side * zoom)
+        step = icon.width / (size * zoom)  # pixels of the icon per pixel of the view
+        if step > 1.6:
+            # Bilinear sampling aliases at large steps: average first.
+            icon = icon.reduce(int(step * 1.25))
+            step = icon.width / (size * zoom)
         cos, sin = math.cos(angle) * step, math.sin(angle) * step
-        centre_x, centre_y = side * (0.5 + dx), side * (0.5 + dy)
-        middle = icon.width / 2
+        x, y = size * (0.5 + dx), size * (0.5 + dy)  # where the icon's centre goes
         matrix = (
-            cos, sin, middle - cos * centre_x - sin * centre_y,
-            -sin, cos, icon.height / 2 + sin * centre_x - cos * centre_y,
+            cos, sin, icon.width / 2 - cos * x - sin * y,
+            -sin, cos, icon.height / 2 + sin * x - cos * y,
         )  # fmt: skip
-        icon = icon.transform((side, side), Image.Transform.AFFINE, matrix, FILTERS["bilinear"])
-        icon = icon.convert("RGBA")
-        view = Image.new("RGB", (side, side), tuple(int(level) for level in ground))
-        view.paste(icon, mask=icon.getchannel("A"))
-        if factor > 1:
-            view = view.reduce(factor)
-        levels = np.clip(np.arange(256)[None] * gains[:, None] + 0.5, 0, 255).astype(np.uint8)
-        return view.point(levels.ravel().tolist())
+        icon = icon.transform((size, size), Image.Transform.AFFINE, matrix, FILTERS["bilinear"])
+        view = Image.new("RGB", (size, size), tuple(int(level) for level in ground))
+        view.paste(icon.convert("RGBA"), mask=icon.getchannel("a"))
+        levels = np.minimum(np.asarray(view) * gains.astype(np.float32), 255)
+        return Image.fromarray(levels.astype(np.uint8))

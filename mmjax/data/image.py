@@ -40,7 +40,8 @@ def open_image(data: bytes | np.ndarray | Image.Image) -> Image.Image:
     """Opens an image without decoding the pixels (`check_loaded` does that).
 
     Args:
-      data: encoded bytes, a PIL image, or an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], uint8.
+      data: encoded bytes, a PIL image, or an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4],
+      uint8.
 
     Raises:
       CorruptImageError: not an image, or more than MAX_PIXELS.
@@ -102,7 +103,8 @@ def decode(data: bytes | np.ndarray | Image.Image) -> Image.Image:
 
 
 def flatten(image: Image.Image) -> Image.Image:
-    """To RGB, transparency on white, as transformers' `convert_to_rgb`. Handles P, L, LA, CMYK, 16 bit."""
+    """To RGB, transparency on white, as transformers' `convert_to_rgb`. Handles P, L, LA, CMYK, 16
+    bit."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I") or image.mode == "F":
@@ -150,7 +152,8 @@ PRESETS.register("imagenet")(
 
 
 def fit(image: Image.Image, preset: Preset, size: int) -> Image.Image:
-    """The RGB image [size, size] the preset makes of any image; unchanged if it already has that size."""
+    """The RGB image [size, size] the preset makes of any image; unchanged if it already has that
+    size."""
     image = flatten(image)
     if image.size == (size, size):
         return image
@@ -174,7 +177,7 @@ _FITTERS = {"squash": _squash, "crop": _crop}
 
 @functools.lru_cache(maxsize=32)
 def _affine_rows(preset: Preset, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """(scale, offset), each [width * 3]: one row of interleaved channels, so numpy runs long loops."""
+    """(scale, offset), each [width * 3]: one row of interleaved channels, for long loops."""
     std = np.asarray(preset.std, np.float64)
     scale = np.tile(1 / (255 * std), width).astype(np.float32)
     offset = np.tile(-np.asarray(preset.mean, np.float64) / std, width).astype(np.float32)

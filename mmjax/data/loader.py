@@ -66,7 +66,8 @@ def _start(batches: Any, loading: LoadingSpec) -> grain.DatasetIterator:
         options = grain.ReadOptions(num_threads=loading.threads, prefetch_buffer_size=ahead)
         return iter(dataset.to_iter_dataset(options))
     if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # grain reads its absl flags; outside absl's app nobody parsed any
+        # grain reads absl flags of its own; outside absl's app.run nobody has parsed any.
+        flags.FLAGS.mark_as_parsed()
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     processes = grain.MultiprocessingOptions(
         num_workers=loading.workers,
@@ -79,8 +80,8 @@ def _start(batches: Any, loading: LoadingSpec) -> grain.DatasetIterator:
 class _Watch:
     """Stops a run with too many broken records.
 
-    The share is taken over at least 1,000 samples, or one epoch where that is less, so that a single
-    broken image at the start of a run does not end it.
+    The share is taken over at least 1,000 samples, or one epoch where that is less, so that a
+    single broken image at the start of a run does not end it.
     """
 
     def __init__(self, max_share: float, epoch: int):
@@ -99,18 +100,18 @@ class _Watch:
         if self._bad > self._max_share * max(self._seen, self._least):
             names = "\n".join(f"  {name}: {error}" for name, error in self._errors.items())
             raise TooManyBadRecordsError(
-                f"{self._bad} broken records among {self._seen} samples are more than "
-                f"data.max_bad_share = {self._max_share:.2%} allows. Repair or remove them, or raise "
-                f"data.max_bad_share:\n{names}"
+                f"{self._bad} broken records among {self._seen} samples are more than the "
+                f"{self._max_share:.2%} that data.max_bad_share allows. Repair or remove them, or "
+                f"raise data.max_bad_share:\n{names}"
             )
 
 
 class Loader(Iterator[Batch]):
     """Endless training batches; made by `open_train`.
 
-    The state is the global position, in samples over all processes, after the last *returned* batch.
-    It holds for any number of processes, workers and threads; a broken record is replaced by its next
-    good neighbour and so shifts nothing.
+    The state is the global position, in samples over all processes, after the last *returned*
+    batch. It holds for any number of processes, workers and threads; a broken record is replaced by
+    its next good neighbour and so shifts nothing.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class Loader(Iterator[Batch]):
         self._lengths = [len(source) for source in maker.sources]
         self._weights = weights
         self._order = record_order(self._lengths, weights, seed)
-        self._order[0]  # grain sets up its bookkeeping here, before there are threads
+        _ = self._order[0]  # grain sets up its bookkeeping here, before there are threads
         self._position = 0
         self._iterator: grain.DatasetIterator | None = None
         self._watch = _Watch(loading.max_bad_share, self.samples_per_epoch)
@@ -189,9 +190,9 @@ class Loader(Iterator[Batch]):
         ]
         if different:
             raise ValueError(
-                "The data position was saved with another data set or seed, so the order would not go "
-                f"on where it stopped ({'; '.join(different)}). Restore the data as it was, or start a "
-                "new workdir."
+                "The data position was saved with another data set or seed, so the order would not "
+                f"go on where it stopped ({'; '.join(different)}). Restore the data as it was, or "
+                "start a new workdir."
             )
         self.close()
         self._position = int(state["position"])
@@ -215,7 +216,8 @@ def open_train(
     """Opens `config.data` for training.
 
     Args:
-      data_config: `config.data`: `train` (a data stream, see `mmjax.data.spec`), `workers`, `threads`,
+      data_config: `config.data`: `train` (a data stream, see `mmjax.data.spec`), `workers`,
+      `threads`,
         `prefetch`, `max_bad_share`; `tokenizer` is not looked at here.
       tokenizer: from `build_tokenizer`.
       batch_size: rows per process.
@@ -287,8 +289,8 @@ def open_eval(
     process_count: int = 1,
     loading: Any = None,
 ) -> EvalLoader:
-    """Opens one data stream (a mapping such as `config.data.train`) for evaluation: each record once,
-    in order, without augmentation; first captions; the last batch padded (`valid` False).
+    """Opens one data stream (a mapping such as `config.data.train`) for evaluation: each record
+    once, in order, without augmentation; first captions; the last batch padded (`valid` False).
 
     Args:
       batch_size: rows per process.

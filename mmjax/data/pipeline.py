@@ -18,16 +18,12 @@ from mmjax.data.image import (
     normalize_into,
     open_image,
 )
-from mmjax.data.sources import Source, get_field
+from mmjax.data.sources import BadRecordError, Source, get_field
 from mmjax.data.spec import DataSpec
 from mmjax.data.tokenizer import Tokenizer
 
 # How many neighbours are tried in the place of a broken record.
 MAX_NEIGHBOURS = 32
-
-
-class BadRecordError(ValueError):
-    """A record that cannot be used: no image in its bytes, or no caption."""
 
 
 class TooManyBadRecordsError(ValueError):
@@ -44,8 +40,9 @@ class Skipped(NamedTuple):
 @dataclass
 class Batch:
     """`arrays`: image [B, H, W, 3] float32; text [B, T] int32 and text_mask [B, T] bool; label [B]
-    int32, as far as configured. `ids`: names of the records. `valid` [B] bool: False for padding and,
-    in evaluation, for broken records. `texts`: the captions. `truncated`: captions cut to fit."""
+    int32, as far as configured. `ids`: names of the records. `valid` [B] bool: False for padding
+    and, in evaluation, for broken records. `texts`: the captions. `truncated`: captions cut to fit.
+    """
 
     arrays: dict[str, np.ndarray]
     ids: list[str]
@@ -58,8 +55,9 @@ class Batch:
 def _draw_caption(record: dict, spec: DataSpec, name: str, rng: np.random.Generator | None) -> str:
     """The record's caption: drawn by `rng`, or the first where rng is None (evaluation)."""
     chosen = spec.text.field
-    if rng is not None and spec.text.also is not None and rng.random() < spec.text.also_share:
-        if len(get_field(record, spec.text.also, name)):
+    if rng is not None and spec.text.also is not None:
+        others = get_field(record, spec.text.also, name)
+        if rng.random() < spec.text.also_share and len(others):
             chosen = spec.text.also
     value = get_field(record, chosen, name)
     if isinstance(value, (list, tuple, np.ndarray)):
@@ -169,8 +167,8 @@ def record_order(lengths: Sequence[int], weights: Sequence[float], seed: int) ->
 class TrainBatches:
     """Batch n of one process, n = 0, 1, ...: a random access source for grain.
 
-    The global batch n takes the positions start + n * G ... + G - 1, and process p the p-th block of
-    them: the global batch does not depend on the number of processes.
+    The global batch n takes the positions start + n * G ... + G - 1, and process p the p-th block
+    of them: the global batch does not depend on the number of processes.
     """
 
     def __init__(
@@ -227,7 +225,8 @@ class TrainBatches:
 
 
 class EvalBatches:
-    """Batch n of one process over the sources one after the other, in their order, padded at the end.
+    """Batch n of one process over the sources one after the other, in their order, padded at the
+    end.
 
     Broken records keep their row, with valid = False.
     """
@@ -272,7 +271,8 @@ class EvalBatches:
 
 
 class _Notes:
-    """Everything but the arrays; a class of its own, so that grain moves it between processes as one."""
+    """Everything but the arrays; a class of its own, so that grain moves it between processes as
+    one."""
 
     def __init__(self, ids, texts, skipped, truncated):
         self.ids, self.texts, self.skipped, self.truncated = ids, texts, skipped, truncated

@@ -1,7 +1,7 @@
 """Where records come from: sources with random access, by name.
 
-A source has `len(source)`, `source[i] -> dict` and `source.id(i) -> str`, a name a person can find the
-record by. It must be picklable (worker processes get a copy) and usable from several threads.
+A source has `len(source)`, `source[i] -> dict` and `source.id(i) -> str`, a name a person can find
+the record by. It must be picklable (worker processes get a copy) and usable from several threads.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 class DataNotFoundError(ValueError):
     """The named data set, file or directory is not there, or has nothing in it."""
+
+
+class BadRecordError(ValueError):
+    """A record that cannot be used: a missing file, no image in its bytes, no caption."""
 
 
 class Source(Protocol):
@@ -59,7 +63,7 @@ def get_field(record: Mapping[str, Any], field: str, record_id: str) -> Any:
 
 
 def existing(path: str | os.PathLike, what: str) -> Path:
-    """The path, expanded; the error names the nearest entry of the deepest directory that exists."""
+    """The path, expanded; the error names the nearest entry of the deepest existing directory."""
     found = Path(path).expanduser()
     if found.exists():
         return found
@@ -170,7 +174,8 @@ class Table:
 
     Args:
       path: the file; `.csv`, `.tsv` or `.parquet`.
-      image_column: holds paths (relative to `root`, by default the file's directory) or, in parquet,
+      image_column: holds paths (relative to `root`, by default the file's directory) or, in
+      parquet,
         encoded bytes (also as HF datasets store them: a struct with `bytes` or `path`). The record
         has the bytes under the column's name. None: no images.
     """

@@ -1,4 +1,5 @@
-"""What a data config may say: strict dataclasses made from mappings (or ml_collections ConfigDicts)."""
+"""What a data config may say: strict dataclasses made from mappings (or ml_collections
+ConfigDicts)."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def plain(config: Any) -> Any:
 
 
 def call_strictly(what: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-    """`function(**arguments)` where unknown or missing arguments name the nearest and the valid ones.
+    """`function(**arguments)` where unknown or missing arguments name the nearest and the valid
+    ones.
 
     Raises:
       UnknownNameError: an argument the function does not take.
@@ -62,7 +64,7 @@ def make_augmentation(config: Mapping[str, Any]) -> Augmentation:
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """`field` of the record, `preset` of the family, `size` of the square, `augment` list of dicts."""
+    """`field` of the record, `preset` of the family, `size` in pixels, `augment`: dicts by name."""
 
     preset: str
     size: int

@@ -41,8 +41,8 @@ def _builder(dataset: str, data_dir: str | None):
         names = sorted({*tfds.list_builders(), *_OWN_BUILDERS})
     except (ImportError, AttributeError) as error:
         raise DataNotFoundError(
-            f"The TFDS data set {dataset!r} cannot be built here ({error}). Prepare it where it can, "
-            f"with file_format='array_record', and set data_dir to its directory."
+            f"The TFDS data set {dataset!r} cannot be built here ({error}). Prepare it where it "
+            "can, with file_format='array_record', and set data_dir to its directory."
         ) from error
     hint = nearest(dataset, names).split(" Valid:")[0]
     hint = hint if hint.startswith("did") else ""
@@ -82,7 +82,8 @@ def prepare(dataset: str, data_dir: str | None = None, download: bool = True):
                 if isinstance(error, OSError) and error.errno is not None:
                     raise
                 raise DataNotFoundError(
-                    f"{dataset!r} could not be prepared: {type(error).__name__}: {error}\n{help_text}"
+                    f"{dataset!r} could not be prepared: {type(error).__name__}: {error}\n"
+                    f"{help_text}"
                 ) from error
             builder = _builder(dataset, data_dir)
     return builder

@@ -1,8 +1,8 @@
 """Text to ids: tokenizers trained on the run's own captions, or those of a HF directory.
 
 Ids are int32 [B, T], padded on the right to T = max_len; the mask is True where a token may be
-attended to. Trained tokenizers write `<bos> caption <eos> <pad>...`, lower-cased; truncation cuts the
-caption and keeps `<eos>`. HF tokenizers follow their own conventions.
+attended to. Trained tokenizers write `<bos> caption <eos> <pad>...`, lower-cased; truncation cuts
+the caption and keeps `<eos>`. HF tokenizers follow their own conventions.
 """
 
 from __future__ import annotations
@@ -73,16 +73,26 @@ class TrainedTokenizer:
 class HFTokenizer:
     """A tokenizer directory of transformers, with the conventions of its model.
 
-    A tokenizer whose model takes no attention mask (SigLIP's) gets a mask that is True everywhere:
-    the model was trained attending to the padding, at its full length (64), lower-cased.
+    A model that takes no attention mask (SigLIP: its tokenizer_config says so in
+    `model_input_names`) was trained attending to the padding: its mask is True everywhere, and
+    max_len must be the length it was trained at (64).
+
+    Args:
+      directory: what `save_pretrained` wrote.
+      attend_padding: overrides what the directory says about the mask.
+      lower_case: lower-case the text first, where the tokenizer does not (SigLIP 2 needs it).
     """
 
-    def __init__(self, directory: str):
+    def __init__(
+        self, directory: str, attend_padding: bool | None = None, lower_case: bool = False
+    ):
         from transformers import AutoTokenizer
 
         path = existing(directory, "The tokenizer directory")
         self._backend = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-        self._masked = "attention_mask" in self._backend.model_input_names
+        says_masked = "attention_mask" in self._backend.model_input_names
+        self._masked = says_masked if attend_padding is None else not attend_padding
+        self._lower_case = lower_case
         if self._backend.pad_token_id is None:
             if self._backend.eos_token is None:
                 raise ValueError(f"The tokenizer in {path} has neither a padding nor an end token.")
@@ -95,8 +105,9 @@ class HFTokenizer:
         self.eos_id: int | None = self._backend.eos_token_id
 
     def encode(self, texts: Sequence[str], max_len: int) -> Encoded:
+        texts = [text.lower() for text in texts] if self._lower_case else list(texts)
         encoded = self._backend(
-            list(texts),
+            texts,
             padding="max_length",
             truncation=True,
             max_length=max_len,
@@ -199,7 +210,8 @@ def build_tokenizer(data_config: Any, workdir: str | os.PathLike) -> Tokenizer |
 
     `data.tokenizer` is None (no text), `dict(name="hf", directory=...)`, or
     `dict(name="bpe" | "wordpiece" | "wordlevel", vocab_size=..., captions=200_000)`, trained on at
-    most about `captions` captions of `data.train`, evenly spread. Safe to call from several processes.
+    most about `captions` captions of `data.train`, evenly spread. Safe to call from several
+    processes.
 
     Raises:
       ValueError: unknown name or field, or the kept tokenizer was made with another config.
