@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from mmjax.evaluate.base import EVALUATORS, Evaluator
-from mmjax.evaluate.context import EvalContext
+from mmjax.evaluate.context import EvalContext, required
 from mmjax.evaluate.metrics import top_k
 from mmjax.losses import softmax_cross_entropy
 from mmjax.params import Params
@@ -25,7 +26,9 @@ class Classification(Evaluator):
 
     def __init__(self, *, data: Mapping[str, Any], context: EvalContext):
         self._data, self._context = data, context
-        self._logits = context.compile(lambda model, batch: model(batch["image"]).logits)
+        self._logits = context.compile(
+            lambda model, batch: required(model(batch["image"]).logits, "classification head")
+        )
 
     def run(self, params: Params) -> dict[str, float]:
         """`top1`, `top5` (where there are more than 5 classes), `cross_entropy`, `examples`.
@@ -35,7 +38,7 @@ class Classification(Evaluator):
         """
         found = self._context.collect(self._logits, params, self._data)
         labels = require_labels(found.labels, "classification")
-        total, count = softmax_cross_entropy(np.asarray(found.outputs, np.float32), labels)
+        total, count = softmax_cross_entropy(jnp.asarray(found.outputs), jnp.asarray(labels))
         return top_k(found.outputs, labels) | {
             "cross_entropy": float(total / count),
             "examples": float(len(labels)),

@@ -122,7 +122,7 @@ class EvalContext:
 
         def run(params, batch):
             with activation_sharding(activation_constraint(self.mesh)):
-                return function(merge(self.graphdef, params), batch)
+                return function(merge(self.graphdef, params), _Fields(batch))
 
         return jax.jit(run, out_shardings=replicated(self.mesh))
 
@@ -201,6 +201,30 @@ class EvalContext:
         return [texts[index] for index in origins]
 
 
+class _Fields(dict):
+    """A batch that says which field of the data config is missing."""
+
+    def __missing__(self, name: str):
+        raise ValueError(
+            f"The evaluation needs {name!r}, but its data has only {', '.join(sorted(self))}: set "
+            f"`{name.removesuffix('_mask')}` in its data config."
+        )
+
+
+def required(output: Any, what: str) -> Any:
+    """An output of a model that not every model has.
+
+    Raises:
+      ValueError: if it is None.
+    """
+    if output is None:
+        raise ValueError(
+            f"The model has no {what}, which this evaluation needs: change config.model, or leave "
+            "the evaluation out of config.evals."
+        )
+    return output
+
+
 @functools.cache
 def _replicate(mesh: Mesh) -> Callable[[Any], Any]:
     return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
@@ -211,6 +235,10 @@ FEATURES: Registry[ModelFunction] = Registry("kind of image features")
 # CLIP's and SigLIP's, after the projection, unit norm.
 FEATURES.register("embedding")(lambda model, batch: model.encode_image(batch["image"]))
 # Those of the image tower of CLIP or SigLIP, before the projection.
-FEATURES.register("image_tower")(lambda model, batch: model.image(batch["image"]).pooled)
+FEATURES.register("image_tower")(
+    lambda model, batch: required(model.image(batch["image"]).pooled, "pooled features")
+)
 # A ViT's.
-FEATURES.register("pooled")(lambda model, batch: model(batch["image"]).pooled)
+FEATURES.register("pooled")(
+    lambda model, batch: required(model(batch["image"]).pooled, "pooled features")
+)

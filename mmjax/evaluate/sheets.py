@@ -232,7 +232,10 @@ def _read_curves(path: str | Path) -> dict[str, list[tuple[int, float]]]:
     """name -> [(step, value), ...]; values that are not finite numbers are left out."""
     curves: dict[str, list[tuple[int, float]]] = {}
     for line in Path(path).read_text("utf-8").splitlines():
-        row = json.loads(line)
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:  # a last line cut short by a kill
+            break
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float) and math.isfinite(value):
                 curves.setdefault(name, []).append((row["step"], value))
