@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,16 +30,15 @@ def locked(path: Path) -> Iterator[None]:
 def _builder(dataset: str, data_dir: str | None):
     import tensorflow_datasets as tfds
 
-    if dataset.split("/")[0].split(":")[0] in _OWN_BUILDERS:
-        import importlib
-
-        importlib.import_module(_OWN_BUILDERS[dataset.split("/")[0].split(":")[0]])
+    module = _OWN_BUILDERS.get(dataset.split("/")[0].split(":")[0])
+    if module is not None:
+        importlib.import_module(module)  # registers the builder
     try:
         # A data set that is already there is read from its own description, which needs no
         # generating code and so no TensorFlow.
         with contextlib.suppress(tfds.core.DatasetNotFoundError):
             return tfds.builder(dataset, data_dir=data_dir, try_gcs=False)
-        names = sorted({*tfds.list_builders(), *_OWN_BUILDERS})
+        names = sorted({*tfds.list_builders(with_community_datasets=False), *_OWN_BUILDERS})
     except (ImportError, AttributeError) as error:
         raise DataNotFoundError(
             f"The TFDS data set {dataset!r} cannot be built here ({error}). Prepare it where it "
