@@ -110,7 +110,7 @@ def _override(config: ConfigDict, item: str) -> None:
     if isinstance(node[last], ConfigDict):
         inner = ", ".join(f"{dotted}.{key}" for key in node[last])
         raise ConfigError(f"{dotted!r} is a group; override one of its keys: {inner}.")
-    value = _convert(text, node.get_ref(last).get(), f"--config.{dotted}")
+    value = _convert(text, node[last], f"--config.{dotted}")
     with node.ignore_type():
         node[last] = value
 

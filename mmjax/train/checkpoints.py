@@ -188,7 +188,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
-def restore_params(directory: Path, targets: Params) -> Params:
+def restore_params(directory: Path, targets: Params) -> tuple[int, Params]:
     """Some parameters from the latest checkpoint of a run, straight into sharded arrays.
 
     Args:
@@ -196,7 +196,7 @@ def restore_params(directory: Path, targets: Params) -> Params:
       targets: {path in that run: shape with sharding}.
 
     Returns:
-      {path in that run: array}; moving averages where the run kept them.
+      The checkpoint's step, and {path in that run: array}; moving averages where the run kept them.
 
     Raises:
       CheckpointError: if there is no checkpoint, or parameters are missing or of another shape (all are
@@ -206,7 +206,8 @@ def restore_params(directory: Path, targets: Params) -> Params:
     steps = ocp.utils.checkpoint_steps(directory) if directory.is_dir() else []
     if not steps:
         raise CheckpointError(f"There is no checkpoint in {directory}.")
-    item = directory / str(max(steps)) / "state"
+    step = max(steps)
+    item = directory / str(step) / "state"
     with ocp.PyTreeCheckpointer() as checkpointer:
         saved = checkpointer.metadata(item).item_metadata.tree
         where, problems = {}, []
@@ -225,7 +226,7 @@ def restore_params(directory: Path, targets: Params) -> Params:
                 where[path] = group
         if problems:
             raise CheckpointError(
-                f"{item} does not hold what config.init asks for:\n" + "\n".join(problems)
+                f"{item} does not hold the parameters asked for:\n" + "\n".join(problems)
             )
         tree: dict[str, Params] = {}
         for path, group in where.items():
@@ -238,4 +239,4 @@ def restore_params(directory: Path, targets: Params) -> Params:
                 partial_restore=True,
             ),
         )
-    return {path: restored[group][path] for path, group in where.items()}
+    return step, {path: restored[group][path] for path, group in where.items()}

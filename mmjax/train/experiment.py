@@ -7,6 +7,7 @@ is not there.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from mmjax import rules, sharding
 from mmjax.config import ConfigError, dataclass_from, split_name
 from mmjax.nn import backend
 from mmjax.nn.partition import activation_sharding
-from mmjax.params import Params, abstract, split
+from mmjax.params import Params, abstract
 from mmjax.registry import nearest
 from mmjax.train import checkpoints, flops, state
 from mmjax.train.optimizers import OptimizerConfig, make_optimizer, make_schedule
@@ -152,6 +153,23 @@ class Experiment:
     schedule: Schedule
     step: Callable
 
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and shardings of a global batch, as config.data.train describes it."""
+        data, size = self.config.data.train, self.train.batch_size
+        shapes = {}
+        if data.get("image") is not None:
+            side = data.image.size
+            shapes["image"] = ((size, side, side, 3), "float32")
+        if data.get("text") is not None:
+            shapes["text"] = ((size, data.text.max_len), "int32")
+            shapes["text_mask"] = ((size, data.text.max_len), "bool")
+        if data.get("label") is not None:
+            shapes["label"] = ((size,), "int32")
+        where = sharding.batch_sharding(self.mesh)
+        return {
+            name: jax.ShapeDtypeStruct(*shape, sharding=where) for name, shape in shapes.items()
+        }
+
     def fresh_state(self, params: Params) -> state.TrainState:
         return state.create(
             params,
@@ -160,6 +178,10 @@ class Experiment:
             seed=self.config.seed,
             ema=self.optimizer.ema is not None,
         )
+
+    def target_params(self) -> Params:
+        """Shapes of all parameters, with their shardings."""
+        return state.with_shardings(self.shapes, self.placed)
 
     def abstract_state(self) -> state.TrainState:
         """Shapes of the state before the first step, with their shardings."""
@@ -290,8 +312,6 @@ def load_initial(experiment: Experiment) -> Params:
       CheckpointError: if a run has no checkpoint, or lacks a parameter.
       RuleError: if a row matches nothing.
     """
-    import re
-
     wanted: dict[str, dict[str, str]] = {}
     left = list(experiment.shapes)
     for row in experiment.config.init:
@@ -306,9 +326,9 @@ def load_initial(experiment: Experiment) -> Params:
         for path in taken:
             wanted.setdefault(workdir, {})[path] = re.fullmatch(pattern, path).expand(there)
     loaded: Params = {}
-    targets = state.with_shardings(experiment.shapes, experiment.placed)
+    targets = experiment.target_params()
     for workdir, names in wanted.items():
-        arrays = checkpoints.restore_params(
+        _, arrays = checkpoints.restore_params(
             Path(workdir) / "checkpoints", {there: targets[here] for here, there in names.items()}
         )
         loaded |= {here: arrays[there] for here, there in names.items()}
@@ -327,6 +347,3 @@ def _with_value(config: ConfigDict, key: str, value: Any) -> ConfigDict:
 
     visit(config.model)
     return config
-
-
-__all__ = ["Experiment", "TrainConfig", "base_config", "load_initial", "prepare", "split"]
