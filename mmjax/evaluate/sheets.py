@@ -82,9 +82,9 @@ def retrieval_sheet(
     write(
         0.2,
         0.62,
-        f"Text queries, their first {columns} of {candidates} images, cosine similarity below. "
-        f"Green: right. Of these {len(rows)} queries {hits} have it first, {shown} among the "
-        f"first {columns}.",
+        f"Text queries spread evenly over the data, their first {columns} of {candidates} images, "
+        f"cosine similarity below. Green: right. Of these {len(rows)} queries {hits} have it "
+        f"first, {shown} among the first {columns}.",
         fontsize=9.5,
         color=GREY,
         va="center",
