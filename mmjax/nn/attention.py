@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 
@@ -17,6 +18,9 @@ from mmjax.nn.partition import constrain
 from mmjax.nn.position import rotary
 from mmjax.registry import Registry
 from mmjax.typing import Array, Float, Int
+
+# Names the operations of causal attention in traced programs, for those who count FLOPs.
+CAUSAL_SCOPE = "causal_attention"
 
 KERNELS: Registry[Callable[..., Array]] = Registry("attention kernel")
 
@@ -47,7 +51,9 @@ def attend(
         raise ValueError(f"{heads} query heads are no multiple of {kv_heads} key/value heads.")
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     name = pick_kernel(query, key, mask) if kernel is None else kernel
-    return KERNELS[name](query, key, value, mask, scale)
+    causal = mask is not None and mask.triangle
+    with jax.named_scope(CAUSAL_SCOPE) if causal else contextlib.nullcontext():
+        return KERNELS[name](query, key, value, mask, scale)
 
 
 def pick_kernel(query: Array, key: Array, mask: Mask | None) -> str:
@@ -106,7 +112,8 @@ class Attention(nnx.Module):
       rope_theta: base of the rotary embedding; None for no rotation.
 
     Raises:
-      ValueError: if the heads do not divide the width, or the query heads not into groups.
+      ValueError: if the heads do not divide the width, or the query heads not into groups; if a
+        rotary embedding is asked for with another stream or with an odd head_dim.
     """
 
     def __init__(
@@ -133,6 +140,11 @@ class Attention(nnx.Module):
         head_dim = width // heads if head_dim is None else head_dim
         if rope_theta is not None and head_dim % 2:
             raise ValueError(f"A rotary embedding needs an even head_dim, not {head_dim}.")
+        if rope_theta is not None and context_width is not None:
+            raise ValueError(
+                "A rotary embedding needs positions that both streams share: it is "
+                "for self-attention only. Leave out rope_theta or context_width."
+            )
         context_width = width if context_width is None else context_width
         self.heads = heads
         self.kv_heads = kv_heads

@@ -16,7 +16,7 @@ NORMS: Registry[type[nnx.Module]] = Registry("norm")
 class LayerNorm(nnx.Module):
     """Zero mean, unit variance, then scale and bias (Ba et al., 2016)."""
 
-    def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs | None = None):
+    def __init__(self, width: int, *, eps: float):
         self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((width,), jnp.float32))
         self.eps = eps
@@ -32,7 +32,7 @@ class LayerNorm(nnx.Module):
 class RMSNorm(nnx.Module):
     """Unit root mean square, then scale (Zhang and Sennrich, 2019), as in Llama."""
 
-    def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs | None = None):
+    def __init__(self, width: int, *, eps: float):
         self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
         self.eps = eps
 
