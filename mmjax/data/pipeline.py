@@ -299,7 +299,8 @@ class _Made:
 def to_batch(element: dict[str, Any], has_text: bool) -> Batch:
     notes = element["notes"]
     return Batch(
-        arrays=dict(element["arrays"]),
+        # Worker processes hand over a subclass of ndarray that lies in shared memory.
+        arrays={name: np.asarray(array) for name, array in element["arrays"].items()},
         ids=notes.ids,
         valid=element["valid"],
         texts=notes.texts if has_text else None,

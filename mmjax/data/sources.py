@@ -56,10 +56,18 @@ def open_source(config: Mapping[str, Any]) -> tuple[Source, float]:
 
 
 def get_field(record: Mapping[str, Any], field: str, record_id: str) -> Any:
-    """record[field]; the error names the nearest field."""
-    if field not in record:
-        raise UnknownNameError(f"{record_id} has no field {field!r}; {nearest(field, record)}")
-    return record[field]
+    """record[field], where "captions.text" is record["captions"]["text"].
+
+    Raises:
+      UnknownNameError: no such field; names the nearest.
+    """
+    value: Any = record
+    for part in [field] if field in record else field.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            known = value if isinstance(value, Mapping) else ()
+            raise UnknownNameError(f"{record_id} has no field {field!r}; {nearest(part, known)}")
+        value = value[part]
+    return value
 
 
 def existing(path: str | os.PathLike, what: str) -> Path:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mmjax.data.sources import SOURCES, DataNotFoundError
 from mmjax.registry import UnknownNameError, nearest
 
@@ -89,15 +91,25 @@ def prepare(dataset: str, data_dir: str | None = None, download: bool = True):
     return builder
 
 
+def _holds_text(feature: Any) -> bool:
+    import tensorflow_datasets as tfds
+
+    if isinstance(feature, tfds.features.Sequence):
+        return _holds_text(feature.feature)
+    if isinstance(feature, tfds.features.FeaturesDict):
+        return any(_holds_text(part) for part in feature.values())
+    return isinstance(feature, tfds.features.Text)
+
+
 def _strings(value: Any) -> Any:
-    """Bytes of text features -> str, also in lists."""
+    """The bytes of text features as str, at any depth."""
     if isinstance(value, bytes):
         return value.decode("utf-8")
-    if hasattr(value, "tolist"):
+    if isinstance(value, dict):
+        return {key: _strings(part) for key, part in value.items()}
+    if isinstance(value, np.ndarray) and value.dtype == object:
         value = value.tolist()
-    if isinstance(value, list):
-        return [_strings(entry) for entry in value]
-    return value
+    return [_strings(part) for part in value] if isinstance(value, list) else value
 
 
 @SOURCES.register("tfds")
@@ -151,11 +163,3 @@ class Tfds:
 
     def id(self, index: int) -> str:
         return f"{self._name}#{index}"
-
-
-def _holds_text(feature: Any) -> bool:
-    import tensorflow_datasets as tfds
-
-    if isinstance(feature, tfds.features.Sequence):
-        return _holds_text(feature.feature)
-    return isinstance(feature, tfds.features.Text)

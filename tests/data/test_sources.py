@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from samples import encode, picture, write_tars
 
-from mmjax.data.sources import DataNotFoundError, open_source
+from mmjax.data.sources import DataNotFoundError, get_field, open_source
 from mmjax.data.webdataset_source import build_index, expand_braces, open_index
 from mmjax.registry import UnknownNameError
 
@@ -171,6 +171,9 @@ def test_tfds_prepared_by_several_processes_at_once(tmp_path):
         np.testing.assert_array_equal(got, reference[i]["image"])
         assert source[i]["text"] == reference[i]["text"].decode()
         assert source[i]["label"] == reference[i]["label"]
+        number = source[i]["text"].split()[1]
+        captions = get_field(source[i], "captions.text", source.id(i))
+        assert captions == [f"first {number}", f"second {number}"]
     assert source.class_names == ["even", "odd"]
     copy = pickle.loads(pickle.dumps(source))
     assert copy[3]["text"] == source[3]["text"] and source.id(3) == "tiny_pictures/train#3"

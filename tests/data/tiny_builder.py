@@ -2,6 +2,7 @@
 
 import io
 
+import numpy as np
 import tensorflow_datasets as tfds
 from samples import encode, picture
 
@@ -16,6 +17,7 @@ class TinyPictures(tfds.core.GeneratorBasedBuilder):
         features = {
             "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
             "text": tfds.features.Text(),
+            "captions": tfds.features.Sequence({"text": tfds.features.Text(), "by": np.int32}),
             "label": tfds.features.ClassLabel(names=["even", "odd"]),
         }
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
@@ -26,4 +28,13 @@ class TinyPictures(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self):
         for i in range(6):
             image = io.BytesIO(encode(picture(i), "PNG"))
-            yield i, {"image": image, "text": f"picture {i}", "label": i % 2}
+            captions = [{"text": f"{word} {i}", "by": i} for word in ("first", "second")]
+            yield (
+                i,
+                {
+                    "image": image,
+                    "text": f"picture {i}",
+                    "captions": captions,
+                    "label": i % 2,
+                },
+            )
