@@ -27,7 +27,7 @@ import statistics
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -189,7 +189,7 @@ def print_table(results: dict[str, list[tuple[float, float]]], reference: str) -
     print(f"ratio: images per CPU second, relative to {reference!r}; medians.")
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench loader", description="Loader throughput.")
     parser.add_argument("--images", type=int, default=512, help="images per pass")
     parser.add_argument("--repeats", type=int, default=5)
@@ -239,6 +239,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"{name:38}{statistics.median(walls):8.0f} img/s "
                 f"({min(walls):.0f} - {max(walls):.0f})"
             )
+    return 0
 
 
 if __name__ == "__main__":
