@@ -27,6 +27,7 @@ _KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 # "%name = f32[8,64]{1,0} all-gather(" or "= (f32[..], f32[..]) all-reduce-start("; `-done` repeats it.
 _COLLECTIVE = re.compile(rf"= (?P<shapes>[^=]*?) (?P<kind>{_KINDS})(-start)?\(")
 _SHAPE = re.compile(r"(?P<dtype>[a-z]+[0-9]*)\[(?P<dims>[0-9,]*)\]")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _OP_NAME = re.compile(r'op_name="(?P<name>[^"]*)"')
 
 
@@ -49,11 +50,17 @@ class Collective:
 
 def collectives(text: str) -> list[Collective]:
     """The collectives of a compiled program (`compiled.as_text()`)."""
-    found = []
+    found, channels = [], set()
     for line in text.splitlines():
         match = _COLLECTIVE.search(line)
         if match is None:
             continue
+        # One that runs beside computation is written once for each part of that computation.
+        channel = _CHANNEL.search(line)
+        if channel is not None:
+            if channel[1] in channels:
+                continue
+            channels.add(channel[1])
         size = sum(
             _BYTES.get(shape["dtype"], 4) * math.prod(map(int, filter(None, shape["dims"].split(","))))
             for shape in _SHAPE.finditer(match["shapes"])
@@ -137,8 +144,13 @@ def _print_collectives(found: list[Collective], everything: bool) -> None:
 
 def _shorten(source: str) -> str:
     """Forward or backward, and the last part: "backward: dot_general"."""
+    if source.startswith("("):
+        return source
+    if source.startswith("state."):
+        return "a parameter, whole for its use"
     way = "backward" if "transpose(" in source else "forward"
-    return source if source.startswith("(") else f"{way}: {source.rsplit('/', 1)[-1]}"
+    operation = re.sub(r"[.)\d]+$", "", source.split(";")[0].rsplit("/", 1)[-1])
+    return f"{way}: {operation}"
 
 
 def _tpu_devices(topology: str) -> list:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,7 @@ def progress(total: int, initial: int) -> tqdm:
         desc="train",
         unit="step",
         dynamic_ncols=True,
-        mininterval=1.0,
+        # In a log file a line now and then is enough.
+        mininterval=1.0 if sys.stderr.isatty() else 20.0,
         disable=jax.process_index() != 0,
     )

@@ -217,7 +217,9 @@ class _Run:
             self.writer.write(step, row)
         if last and jax.process_index() == 0:
             self.writer.sync()
-            learning_curves(self.writer.path, self.workdir / "learning_curves.png")
+            learning_curves(
+                self.writer.path, self.workdir / "learning_curves.png", title=self.workdir.name
+            )
         return row
 
     def _check_fields(self, arrays: dict[str, jax.Array]) -> None:
