@@ -17,13 +17,23 @@ def two_towers(model: str, arg: str | None) -> ConfigDict:
       arg: size (of both towers), res (pixels), patch, batch, steps, lr, chunked, dtype.
     """
     arg = parse_arg(
-        arg, size="Xs", res=48, patch=8, batch=128, steps=1200, lr=1e-3, chunked=False,
+        arg,
+        size="Xs",
+        res=48,
+        patch=8,
+        batch=128,
+        steps=1200,
+        lr=1e-3,
+        chunked=False,
         dtype="float32",
     )
     common = dict(activation="gelu_tanh", norm_eps=1e-6, dtype=arg.dtype)
     image = dict(
-        image_size=arg.res, **vit_size(f"{arg.size}/{arg.patch}"), pooling="map",
-        position="learned", **common,
+        image_size=arg.res,
+        **vit_size(f"{arg.size}/{arg.patch}"),
+        pooling="map",
+        position="learned",
+        **common,
     )
     text = dict(vocab_size=VOCABULARY, max_len=MAX_LEN, **text_size(arg.size), **common)
     if model == "siglip":
@@ -69,16 +79,25 @@ def two_towers(model: str, arg: str | None) -> ConfigDict:
         checkpoint=dict(every=every),
         evals=dict(
             seen=dict(
-                name="retrieval", every=every, queries=data("seen_views"),
-                distractors=data("heldout"), reference=data("train"),
+                name="retrieval",
+                every=every,
+                queries=data("seen_views"),
+                distractors=data("heldout"),
+                reference=data("train"),
                 title="OpenMoji, new views of seen concepts among all concepts",
             ),
             heldout=dict(
-                name="retrieval", every=every, queries=data("heldout"), reference=data("train"),
-                sheet="heldout.png", title="OpenMoji, held-out concepts",
+                name="retrieval",
+                every=every,
+                queries=data("heldout"),
+                reference=data("train"),
+                sheet="heldout.png",
+                title="OpenMoji, held-out concepts",
             ),
             heldout_among_all=dict(
-                name="retrieval", every=every, queries=data("heldout"),
+                name="retrieval",
+                every=every,
+                queries=data("heldout"),
                 distractors=data("seen_views"),
                 title="OpenMoji, held-out concepts among all concepts",
             ),

@@ -10,7 +10,9 @@ DEPTHS = (4, 24)
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m experiments.bench compile", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.bench compile", description=__doc__
+    )
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args(argv)
     import jax
@@ -22,8 +24,13 @@ def main(argv: list[str]) -> int:
         config = base_config(
             task=dict(name="classification"),
             model=dict(
-                name="vit", **{**vit_size("S/16"), "depth": depth}, image_size=224,
-                activation="gelu_tanh", norm_eps=1e-6, pooling="mean", position="learned",
+                name="vit",
+                **{**vit_size("S/16"), "depth": depth},
+                image_size=224,
+                activation="gelu_tanh",
+                norm_eps=1e-6,
+                pooling="mean",
+                position="learned",
                 num_classes=1000,
             ),
             data=dict(train=dict(image=dict(size=224), label=dict())),
@@ -40,7 +47,9 @@ def main(argv: list[str]) -> int:
     compile_seconds(DEPTHS[0])  # imports and first-time work
     times = [[compile_seconds(depth) for depth in DEPTHS] for _ in range(args.rounds)]
     for depth, column in zip(DEPTHS, zip(*times, strict=True), strict=True):
-        print(f"{depth:3d} layers: {statistics.median(column):6.2f} s to trace and compile (median)")
+        print(
+            f"{depth:3d} layers: {statistics.median(column):6.2f} s to trace and compile (median)"
+        )
     ratios = sorted(deep / shallow for shallow, deep in times)
     print(
         f"ratio {statistics.median(ratios):.2f} (median of {args.rounds} pairs, "

@@ -54,23 +54,49 @@ class MMJax:
         shape = SIZES[job.size]
         width, depth, heads, mlp, patch = shape["image"]
         common = dict(
-            activation="quick_gelu", norm_eps=1e-5, dtype=job.dtype, remat=job.remat, unroll=job.unroll
+            activation="quick_gelu",
+            norm_eps=1e-5,
+            dtype=job.dtype,
+            remat=job.remat,
+            unroll=job.unroll,
         )
         image = dict(
-            image_size=RESOLUTION, patch_size=patch, width=width, depth=depth, heads=heads,
-            mlp_width=mlp, pooling="cls", position="learned", pre_norm=True, patch_bias=False, **common,
+            image_size=RESOLUTION,
+            patch_size=patch,
+            width=width,
+            depth=depth,
+            heads=heads,
+            mlp_width=mlp,
+            pooling="cls",
+            position="learned",
+            pre_norm=True,
+            patch_bias=False,
+            **common,
         )
         width, depth, heads, mlp = shape["text"]
         text = dict(
-            vocab_size=VOCABULARY, max_len=LENGTH, width=width, depth=depth, heads=heads,
-            mlp_width=mlp, attention="causal", pooling="argmax", padding="attend", **common,
+            vocab_size=VOCABULARY,
+            max_len=LENGTH,
+            width=width,
+            depth=depth,
+            heads=heads,
+            mlp_width=mlp,
+            attention="causal",
+            pooling="argmax",
+            padding="attend",
+            **common,
         )
         config = base_config(
             task=dict(name="contrastive", loss="softmax", chunked=False),
             model=dict(name="clip", image=image, text=text, embed_dim=shape["embed"]),
             data=dict(tokenizer=None),
-            optimizer=dict(name="adamw", learning_rate=1e-4, schedule=dict(name="constant"),
-                           weight_decay=0.1, clip_norm=None),
+            optimizer=dict(
+                name="adamw",
+                learning_rate=1e-4,
+                schedule=dict(name="constant"),
+                weight_decay=0.1,
+                clip_norm=None,
+            ),
             train=dict(steps=1000, batch_size=job.batch),
             checkpoint=dict(every=1000),
         )
@@ -132,12 +158,24 @@ class Torch:
         self.torch = torch
         shape = SIZES[job.size]
         width, depth, heads, mlp, patch = shape["image"]
-        vision = dict(hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads,
-                      intermediate_size=mlp, patch_size=patch, image_size=RESOLUTION)
+        vision = dict(
+            hidden_size=width,
+            num_hidden_layers=depth,
+            num_attention_heads=heads,
+            intermediate_size=mlp,
+            patch_size=patch,
+            image_size=RESOLUTION,
+        )
         width, depth, heads, mlp = shape["text"]
-        text = dict(hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads,
-                    intermediate_size=mlp, vocab_size=VOCABULARY, max_position_embeddings=LENGTH,
-                    eos_token_id=2)
+        text = dict(
+            hidden_size=width,
+            num_hidden_layers=depth,
+            num_attention_heads=heads,
+            intermediate_size=mlp,
+            vocab_size=VOCABULARY,
+            max_position_embeddings=LENGTH,
+            eos_token_id=2,
+        )
         config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=shape["embed"])
         config._attn_implementation = "sdpa"
         self.device = "cuda" if job.device == "gpu" else "cpu"
@@ -215,7 +253,9 @@ def _serve(side: type, job: Job, pipe: Any) -> None:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m experiments.bench contrastive", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.bench contrastive", description=__doc__
+    )
     parser.add_argument("--size", choices=SIZES, default="S/16")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -262,7 +302,9 @@ def main(argv: list[str]) -> int:
         f"\nCLIP {args.size}, {RESOLUTION} px, batch {args.batch}, {args.dtype}, "
         f"{facts['mmjax']['device']}; median of {args.rounds} turns of {args.steps} step(s)"
     )
-    print(f"{'':8}{'':18}{'img/s':>9}{'ratio':>8}{'(min-max)':>14}{'MFU':>7}{'peak GiB':>10}{'compile s':>11}")
+    print(
+        f"{'':8}{'':18}{'img/s':>9}{'ratio':>8}{'(min-max)':>14}{'MFU':>7}{'peak GiB':>10}{'compile s':>11}"
+    )
     for mode in ("infer", "train"):
         for name in sides:
             mine, theirs = times[mode, "mmjax"], times[mode, name]
@@ -277,7 +319,11 @@ def main(argv: list[str]) -> int:
             )
     print(
         "ratio: mmjax's speed over this row's, turn by turn. MFU: matmul FLOPs over "
-        + ("the data sheet's peak." if device == "gpu" else "the speed of a 2048-cubed product here.")
+        + (
+            "the data sheet's peak."
+            if device == "gpu"
+            else "the speed of a 2048-cubed product here."
+        )
         + " Peak memory is of the whole process on a CPU, of the device's allocator on a GPU."
     )
     return 0

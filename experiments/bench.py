@@ -1,10 +1,10 @@
 """Measurements, as ratios side by side in one run.
 
-    python -m experiments.bench contrastive [--size S/16] [--batch 16] [--dtype float32]
-    python -m experiments.bench loader
-    python -m experiments.bench loss-memory
-    python -m experiments.bench compile
-    python -m experiments.bench frozen
+python -m experiments.bench contrastive [--size S/16] [--batch 16] [--dtype float32]
+python -m experiments.bench loader
+python -m experiments.bench loss-memory
+python -m experiments.bench compile
+python -m experiments.bench frozen
 """
 
 from __future__ import annotations

@@ -22,12 +22,15 @@ def parser(description: str, *, workdir: bool = True) -> argparse.ArgumentParser
         epilog="Any key of the config can be set by --config.KEY=VALUE, e.g. --config.train.steps=100.",
         allow_abbrev=False,
     )
-    result.add_argument("--config", required=True, help="configs/....py, or configs/....py:ARGUMENTS")
+    result.add_argument(
+        "--config", required=True, help="configs/....py, or configs/....py:ARGUMENTS"
+    )
     if workdir:
         result.add_argument("--workdir", required=True, help="the run's own directory")
     group = result.add_argument_group("several processes (or set the variables JAX knows)")
     group.add_argument(
-        "--distributed", action="store_true",
+        "--distributed",
+        action="store_true",
         help="join the cluster that JAX detects (SLURM, MPI, TPU pods)",
     )
     group.add_argument("--coordinator", help="HOST:PORT of process 0, where none is detected")

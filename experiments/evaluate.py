@@ -22,7 +22,8 @@ def main(argv: Sequence[str] | None) -> int:
     args, config = common.parse(parser, argv)
     import jax
 
-    from mmjax.train import loop, workdir as workdirs
+    from mmjax.train import loop
+    from mmjax.train import workdir as workdirs
     from mmjax.train.checkpoints import CheckpointError, restore_params
     from mmjax.train.experiment import prepare
 

@@ -62,7 +62,8 @@ def collectives(text: str) -> list[Collective]:
                 continue
             channels.add(channel[1])
         size = sum(
-            _BYTES.get(shape["dtype"], 4) * math.prod(map(int, filter(None, shape["dims"].split(","))))
+            _BYTES.get(shape["dtype"], 4)
+            * math.prod(map(int, filter(None, shape["dims"].split(","))))
             for shape in _SHAPE.finditer(match["shapes"])
         )
         name = _OP_NAME.search(line)

@@ -1,6 +1,6 @@
 """Train an experiment, or resume it.
 
-    python -m experiments.train --config configs/siglip/openmoji.py --workdir runs/demo
+python -m experiments.train --config configs/siglip/openmoji.py --workdir runs/demo
 """
 
 from __future__ import annotations

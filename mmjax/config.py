@@ -1,6 +1,6 @@
 """Experiment configs: ConfigDicts made by `get_config(arg)`, with strict overrides.
 
-    python -m experiments.train --config configs/siglip/openmoji.py:size=S,res=96 --config.seed=1
+python -m experiments.train --config configs/siglip/openmoji.py:size=S,res=96 --config.seed=1
 """
 
 from __future__ import annotations
@@ -101,9 +101,7 @@ def _override(config: ConfigDict, item: str) -> None:
                 if close:
                     tail = [*parents, last][depth + 1 :]
                     whole = ".".join(filter(None, [prefix, close[0], *tail]))
-                    raise ConfigError(
-                        f"The config has no key {dotted!r}; did you mean {whole!r}?"
-                    )
+                    raise ConfigError(f"The config has no key {dotted!r}; did you mean {whole!r}?")
             raise ConfigError(f"The config has no key {dotted!r}; {nearest(dotted, options)}")
         if depth < len(parents):
             node = node[key]

@@ -19,9 +19,7 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
     """The static structure of a model and its variables by '/'-joined path."""
     graphdef, state = nnx.split(model)
     flat = nnx.to_flat_state(state)
-    return graphdef, {
-        "/".join(map(str, path)): variable.get_value() for path, variable in flat
-    }
+    return graphdef, {"/".join(map(str, path)): variable.get_value() for path, variable in flat}
 
 
 def merge(graphdef: nnx.GraphDef, params: Mapping[str, Any]) -> nnx.Module:

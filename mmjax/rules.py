@@ -52,9 +52,7 @@ def match(table: Table, paths: Iterable[str], *, name: str) -> dict[str, Any]:
                 if path not in values:
                     reached[index] = True
                     values[path] = value
-    problems += [
-        f"  no row covers parameter {path!r}" for path in paths if path not in values
-    ]
+    problems += [f"  no row covers parameter {path!r}" for path in paths if path not in values]
     for (pattern, value), any_match, decides in zip(rows, matched, reached, strict=True):
         if not any_match:
             problems.append(f"  row ({pattern.pattern!r}, {value!r}) matches no parameter")

@@ -207,7 +207,9 @@ def activation_constraint(mesh: Mesh):
         spec = []
         for name, size in zip(names, x.shape, strict=True):
             axes = None if name is None else ACTIVATIONS[name]
-            parts = math.prod(mesh.shape[a] for a in ([axes] if isinstance(axes, str) else axes or ()))
+            parts = math.prod(
+                mesh.shape[a] for a in ([axes] if isinstance(axes, str) else axes or ())
+            )
             spec.append(axes if axes and size % parts == 0 else None)
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
 

@@ -1,6 +1,6 @@
 """ViT on scikit-learn's handwritten digits (1,797 of 8 x 8 pixels): classification in a minute.
 
-    python -m experiments.train --config configs/vit/digits.py --workdir runs/digits
+python -m experiments.train --config configs/vit/digits.py --workdir runs/digits
 """
 
 from ml_collections import ConfigDict
@@ -23,9 +23,18 @@ def get_config(arg: str | None = None) -> ConfigDict:
     return base_config(
         task=dict(name="classification", label_smoothing=0.1),
         model=dict(
-            name="vit", image_size=8, patch_size=2, width=arg.width, depth=arg.depth,
-            heads=max(arg.width // 32, 1), mlp_width=4 * arg.width, activation="gelu_tanh",
-            norm_eps=1e-6, pooling="mean", position="learned", num_classes=10,
+            name="vit",
+            image_size=8,
+            patch_size=2,
+            width=arg.width,
+            depth=arg.depth,
+            heads=max(arg.width // 32, 1),
+            mlp_width=4 * arg.width,
+            activation="gelu_tanh",
+            norm_eps=1e-6,
+            pooling="mean",
+            position="learned",
+            num_classes=10,
         ),
         data=dict(
             tokenizer=None,
@@ -46,11 +55,17 @@ def get_config(arg: str | None = None) -> ConfigDict:
         evals=dict(
             test=dict(name="classification", every=every, data=data("test")),
             knn=dict(
-                name="knn", every=arg.steps, train=data("train"), test=data("test"),
+                name="knn",
+                every=arg.steps,
+                train=data("train"),
+                test=data("test"),
                 features="pooled",
             ),
             probe=dict(
-                name="linear_probe", every=arg.steps, train=data("train"), test=data("test"),
+                name="linear_probe",
+                every=arg.steps,
+                train=data("train"),
+                test=data("test"),
                 features="pooled",
             ),
         ),

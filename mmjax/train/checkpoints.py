@@ -59,8 +59,13 @@ class Checkpoints:
             keep.append(policies.EveryNSteps(config.keep_every))
         if config.best is not None:
             best = config.best
-            keep.append(policies.BestN(get_metric_fn=lambda metrics: metrics[best], n=1,
-                                       keep_checkpoints_without_metrics=False))
+            keep.append(
+                policies.BestN(
+                    get_metric_fn=lambda metrics: metrics[best],
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
         self._manager = ocp.CheckpointManager(
             self.directory,
             item_names=("state", "data"),
@@ -132,7 +137,8 @@ class Checkpoints:
             return step, TrainState(**restored.state), restored.data
         if errors:
             raise CheckpointError(
-                f"None of the checkpoints in {self.directory} can be read:\n" + "\n".join(errors)
+                f"None of the checkpoints in {self.directory} can be read:\n"
+                + "\n".join(errors)
                 + "\nThey are left as they are. Mend them, or start again with another --workdir."
             )
         return None

@@ -233,8 +233,9 @@ def prepare(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
     Raises:
       ConfigError, RuleError, MeshError, ValueError: whatever is wrong with the config.
     """
-    problems = [f"  config.{key} is unknown; {nearest(key, GROUPS)}" for key in config
-                if key not in GROUPS]
+    problems = [
+        f"  config.{key} is unknown; {nearest(key, GROUPS)}" for key in config if key not in GROUPS
+    ]
     problems += [f"  config.{key} is missing" for key in GROUPS if key not in config]
     if problems:
         raise ConfigError("The config is not complete:\n" + "\n".join(problems))
@@ -244,8 +245,12 @@ def prepare(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
         if cls is not None
     }
     training, optimizer = parts["train"], parts["optimizer"]
-    for name, value in (("steps", training.steps), ("log_every", training.log_every),
-                        ("accumulate", training.accumulate), ("batch_size", training.batch_size)):
+    for name, value in (
+        ("steps", training.steps),
+        ("log_every", training.log_every),
+        ("accumulate", training.accumulate),
+        ("batch_size", training.batch_size),
+    ):
         if value < 1:
             raise ConfigError(f"config.train.{name} must be at least 1, not {value}.")
     if mesh is None:
@@ -266,7 +271,9 @@ def prepare(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
     trainable = rules.match(tables.trainable, shapes, name="rules.trainable")
     trained = {path: leaf for path, leaf in shapes.items() if trainable[path]}
     if not trained:
-        raise ConfigError("config.rules.trainable freezes every parameter: nothing is left to train.")
+        raise ConfigError(
+            "config.rules.trainable freezes every parameter: nothing is left to train."
+        )
     schedule = make_schedule(optimizer, training.steps)
     tx = make_optimizer(
         optimizer,
@@ -280,9 +287,7 @@ def prepare(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
         task = TASKS[name](mesh, **options)
     except TypeError as error:
         raise ConfigError(f"config.task {name!r}: {error}") from None
-    step = make_step(
-        task, graphdef, tx, accumulate=training.accumulate, ema=optimizer.ema
-    )
+    step = make_step(task, graphdef, tx, accumulate=training.accumulate, ema=optimizer.ema)
     return Experiment(
         config=config,
         train=training,

@@ -52,7 +52,12 @@ def adafactor(
 
 @PRECONDITIONERS.register("muon")
 def muon(
-    *, beta: float = 0.95, nesterov: bool = True, ns_steps: int = 5, b1: float = 0.9, b2: float = 0.999
+    *,
+    beta: float = 0.95,
+    nesterov: bool = True,
+    ns_steps: int = 5,
+    b1: float = 0.9,
+    b2: float = 0.999,
 ) -> optax.GradientTransformation:
     """Momentum orthogonalised by Newton-Schulz for the matrices of layers, Adam for all else.
 

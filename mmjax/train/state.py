@@ -71,9 +71,7 @@ def create(
     )
 
 
-def shardings(
-    state: TrainState, parameters: Mapping[str, NamedSharding], mesh: Mesh
-) -> TrainState:
+def shardings(state: TrainState, parameters: Mapping[str, NamedSharding], mesh: Mesh) -> TrainState:
     """A sharding for every leaf of the state.
 
     Optimizer state that belongs to a parameter and has its shape lies where the parameter lies; the

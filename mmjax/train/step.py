@@ -101,7 +101,9 @@ def _summed(task, model_of, params, parts, rngs):
     def add(total, inputs):
         return jax.tree.map(jnp.add, total, terms(*inputs)), None
 
-    shapes = jax.eval_shape(lambda inputs: terms(*jax.tree.map(lambda x: x[0], inputs)), (parts, rngs))
+    shapes = jax.eval_shape(
+        lambda inputs: terms(*jax.tree.map(lambda x: x[0], inputs)), (parts, rngs)
+    )
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     (top, bottom, metrics, grads), _ = jax.lax.scan(add, zeros, (parts, rngs))
     return (
@@ -123,9 +125,7 @@ def _cached(task: FeatureTask, model_of, params, parts, rngs):
 
     cached = jax.lax.map(lambda inputs: features(params, *inputs), (parts, rngs))
     value, metrics, (grads, to_features) = _whole(
-        lambda both: task.loss_of_features(
-            model_of(both[0]), jax.tree.map(_join, both[1])
-        ),
+        lambda both: task.loss_of_features(model_of(both[0]), jax.tree.map(_join, both[1])),
         (params, cached),
     )
 

@@ -73,7 +73,9 @@ class Contrastive(FeatureTask):
 
     def __init__(self, mesh: Mesh, *, loss: str, chunked: bool):
         if loss not in ("softmax", "sigmoid"):
-            raise ValueError(f"config.task.loss is {loss!r}; {nearest(loss, ('softmax', 'sigmoid'))}")
+            raise ValueError(
+                f"config.task.loss is {loss!r}; {nearest(loss, ('softmax', 'sigmoid'))}"
+            )
         self.sigmoid = loss == "sigmoid"
         self.chunked = chunked
         self.mesh = mesh
@@ -90,7 +92,9 @@ class Contrastive(FeatureTask):
         arguments = (features["image"], features["text"], scale)
         arguments += (bias,) if self.sigmoid else ()
         if self.chunked:
-            ring = losses.ring_sigmoid_contrastive if self.sigmoid else losses.ring_softmax_contrastive
+            ring = (
+                losses.ring_sigmoid_contrastive if self.sigmoid else losses.ring_softmax_contrastive
+            )
             ratio = ring(*arguments, mesh=self.mesh, axes=BATCH_AXES)
         else:
             dense = losses.sigmoid_contrastive if self.sigmoid else losses.softmax_contrastive

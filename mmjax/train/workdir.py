@@ -60,7 +60,8 @@ def claim(workdir: Path, config: ConfigDict) -> contextlib.AbstractContextManage
         lines = configs.difference(stored.read_text("utf-8"), text, EXECUTION_KEYS)
         if lines:
             raise WorkdirError(
-                f"{workdir} holds a run with another config:\n" + "\n".join(lines)
+                f"{workdir} holds a run with another config:\n"
+                + "\n".join(lines)
                 + "\nUse another --workdir, or the old config to resume that run."
             )
     elif workdir.exists() and any(p.name != ".lock" for p in workdir.iterdir()):
@@ -113,7 +114,9 @@ def _revision() -> str:
     root = Path(__file__).resolve().parents[2]
     git = ["git", "-C", str(root)]
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        )
         edits = subprocess.run(
             [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
         )

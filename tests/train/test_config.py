@@ -30,7 +30,10 @@ def file(tmp_path):
 def test_arguments_take_the_type_of_their_defaults(file):
     config = configs.load(f"{file}:size=B,res=96,lr=2,big")
     assert (config.size, config.train.steps, config.train.rate, config.train.big) == (
-        "B", 96, 2.0, True,
+        "B",
+        96,
+        2.0,
+        True,
     )
     assert isinstance(config.train.rate, float)
 

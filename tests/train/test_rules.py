@@ -59,7 +59,12 @@ def test_batches_that_do_not_divide_say_so(batch, nearest):
     "path, shape, strategy, expected",
     [
         ("image/layers/mlp/up/kernel", (4, 256, 512), "tensor(-1)+fsdp", P(None, "fsdp", "tensor")),
-        ("image/layers/mlp/down/kernel", (4, 512, 256), "tensor(-2)+fsdp", P(None, "tensor", "fsdp")),
+        (
+            "image/layers/mlp/down/kernel",
+            (4, 512, 256),
+            "tensor(-2)+fsdp",
+            P(None, "tensor", "fsdp"),
+        ),
         # The stacked dimension is never sharded, though it is the largest.
         ("image/layers/mlp/up/bias", (512, 64), "fsdp", P(None, "fsdp")),
         ("text/embedding", (512, 64), "fsdp", P("fsdp", None)),

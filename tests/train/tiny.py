@@ -8,12 +8,29 @@ from ml_collections import ConfigDict
 from mmjax.train.experiment import base_config
 
 VIT = dict(
-    image_size=16, patch_size=8, width=32, depth=2, heads=2, mlp_width=64,
-    activation="gelu_tanh", norm_eps=1e-6, pooling="map", position="learned",
+    image_size=16,
+    patch_size=8,
+    width=32,
+    depth=2,
+    heads=2,
+    mlp_width=64,
+    activation="gelu_tanh",
+    norm_eps=1e-6,
+    pooling="map",
+    position="learned",
 )
 TEXT = dict(
-    vocab_size=64, max_len=8, width=32, depth=2, heads=2, mlp_width=64, activation="gelu_tanh",
-    norm_eps=1e-6, attention="bidirectional", pooling="last", padding="attend",
+    vocab_size=64,
+    max_len=8,
+    width=32,
+    depth=2,
+    heads=2,
+    mlp_width=64,
+    activation="gelu_tanh",
+    norm_eps=1e-6,
+    attention="bidirectional",
+    pooling="last",
+    padding="attend",
 )
 
 
@@ -47,14 +64,18 @@ def _config(*, task: dict, model: dict, groups: dict) -> ConfigDict:
         model=model,
         data=dict(tokenizer=None),
         optimizer=dict(
-            name="adamw", learning_rate=1e-3, schedule=dict(name="constant", warmup=2),
+            name="adamw",
+            learning_rate=1e-3,
+            schedule=dict(name="constant", warmup=2),
             weight_decay=0.1,
         ),
         train=dict(steps=10, batch_size=16),
         checkpoint=dict(every=100),
     )
     for name, fields in groups.items():
-        defaults[name] = {**defaults.get(name, {}), **fields} if isinstance(fields, dict) else fields
+        defaults[name] = (
+            {**defaults.get(name, {}), **fields} if isinstance(fields, dict) else fields
+        )
     return base_config(**defaults)
 
 
