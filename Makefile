@@ -1,0 +1,23 @@
+# The only requirement is Python 3.11 or newer. Everything is installed into .venv.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test clean
+
+# Trains SigLIP on OpenMoji on this machine and prints retrieval scores; pictures go to runs/demo.
+demo: $(VENV)/.demo
+	$(RUN) -m experiments.train --config configs/siglip/openmoji.py --workdir runs/demo
+
+test: $(VENV)/.test
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pytest
+
+$(VENV)/.%: setup.py
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e .[$*]
+	touch $@
+
+clean:
+	rm -rf $(VENV)
