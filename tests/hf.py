@@ -10,6 +10,7 @@ import re
 
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 
 BLOCK = {
@@ -56,6 +57,12 @@ TOWERS = {
 }
 
 DECODER = {r"layers\.(\d+)": "layers"}
+
+
+def transformers():
+    """The package; skips the test where it or PyTorch is not installed."""
+    pytest.importorskip("torch")
+    return pytest.importorskip("transformers")
 
 
 def randomise(model, seed: int = 0):

@@ -77,7 +77,7 @@ def siglip_config(image=None, text=None):
 
 
 def hf_clip(activation, eos_token_id):
-    transformers = pytest.importorskip("transformers")
+    transformers = hf.transformers()
     shared = {**TINY_HF, "hidden_act": activation, "layer_norm_eps": 1e-5}
     config = transformers.CLIPConfig(
         text_config={
@@ -95,7 +95,7 @@ def hf_clip(activation, eos_token_id):
 
 
 def hf_siglip():
-    transformers = pytest.importorskip("transformers")
+    transformers = hf.transformers()
     shared = {**TINY_HF, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
     config = transformers.SiglipConfig(
         text_config={
@@ -121,8 +121,7 @@ def batch():
 
 def check_parity(reference, model, batch):
     """Embeddings and logits to 1e-5, gradients of all parameters to 1e-3."""
-    import torch
-
+    torch = pytest.importorskip("torch")
     images, tokens = batch
     graph, params = nnx.split(hf.load(reference, hf.TOWERS, model))
     weight = np.random.default_rng(1).normal(size=(3, 4)).astype(np.float32)
@@ -168,8 +167,7 @@ def test_siglip_equals_transformers(batch):
 @pytest.mark.torch
 def test_eos_pooling_finds_the_first_end_and_argmax_the_largest_id(batch):
     """With ids above the end-of-text token the two differ, as in transformers."""
-    import torch
-
+    torch = pytest.importorskip("torch")
     tokens = batch[1].at[:, 1].set(45)
     for pooling, eos_token_id in (("eos", EOS), ("argmax", 2)):
         reference = hf_clip("gelu", eos_token_id)
@@ -184,8 +182,7 @@ def test_eos_pooling_finds_the_first_end_and_argmax_the_largest_id(batch):
 @pytest.mark.torch
 @pytest.mark.parametrize("attention", ["causal", "bidirectional"])
 def test_masked_padding_equals_transformers(attention, batch):
-    import torch
-
+    torch = pytest.importorskip("torch")
     tokens = batch[1]
     mask = np.arange(12)[None] <= np.array([3, 7, 11, 5])[:, None]
     reference, config, name = {
@@ -329,7 +326,7 @@ def test_clip_has_the_published_number_of_parameters(size, text, embed_dim, coun
 )
 def test_siglip_has_as_many_parameters_as_in_transformers(size, image_size):
     torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    transformers = hf.transformers()
     vision, text = vit_size(size), text_size(size.split("/")[0])
     shared = {
         "hidden_size": text["width"],

@@ -42,7 +42,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def reference():
-    transformers = pytest.importorskip("transformers")
+    transformers = hf.transformers()
     config = transformers.ViTConfig(
         image_size=32,
         patch_size=8,
@@ -59,8 +59,7 @@ def reference():
 
 @pytest.mark.torch
 def test_logits_tokens_and_gradients_equal_transformers(reference, images):
-    import torch
-
+    torch = pytest.importorskip("torch")
     model = hf.load(reference, hf.VIT, build())
     graph, params = nnx.split(model)
     weight = np.random.default_rng(1).normal(size=(3, 5)).astype(np.float32)
@@ -91,8 +90,7 @@ def test_logits_tokens_and_gradients_equal_transformers(reference, images):
 @pytest.mark.torch
 @pytest.mark.parametrize("size", [(48, 48), (16, 56), (24, 32)])
 def test_other_resolutions_interpolate_as_transformers_does(reference, size):
-    import torch
-
+    torch = pytest.importorskip("torch")
     images = np.random.default_rng(2).normal(size=(2, *size, 3)).astype(np.float32)
     with torch.no_grad():
         pixels = torch.tensor(np.asarray(images)).permute(0, 3, 1, 2)

@@ -1,5 +1,7 @@
 """The scanned stack: against a loop over its blocks, and against decoders of transformers."""
 
+import dataclasses
+
 import hf
 import jax
 import jax.numpy as jnp
@@ -124,9 +126,24 @@ def test_stochastic_depth_drops_later_blocks_more_often():
     np.testing.assert_allclose(unchanged, 0.25**2, atol=0.03)
 
 
-def decoder(family, **options):
-    """A tiny decoder of transformers without its embedding and final norm, and our config."""
-    transformers = pytest.importorskip("transformers")
+DECODER = BlockConfig(
+    width=32,
+    heads=4,
+    mlp_width=48,
+    activation="silu",
+    norm="rmsnorm",
+    norm_eps=1e-5,
+    kv_heads=2,
+    head_dim=8,
+    gated=True,
+    bias=False,
+    rope_theta=10_000.0,
+)
+
+
+def hf_decoder(family, **options):
+    """The counterpart of two blocks of `DECODER` in transformers."""
+    transformers = hf.transformers()
     config = getattr(transformers, f"{family}Config")(
         vocab_size=8,
         hidden_size=32,
@@ -142,31 +159,17 @@ def decoder(family, **options):
         attn_implementation="eager",
         **options,
     )
-    model = hf.randomise(getattr(transformers, f"{family}Model")(config))
-    return model, BlockConfig(
-        width=32,
-        heads=4,
-        mlp_width=48,
-        activation="silu",
-        norm="rmsnorm",
-        norm_eps=1e-5,
-        kv_heads=2,
-        head_dim=8,
-        gated=True,
-        bias=False,
-        qk_norm="rmsnorm" if family == "Qwen3" else None,
-        rope_theta=10_000.0,
-    )
+    return hf.randomise(getattr(transformers, f"{family}Model")(config))
 
 
 @pytest.mark.torch
 @pytest.mark.parametrize("family", ["Llama", "Qwen3", "Mistral"])
 def test_a_decoder_equals_transformers(family):
     """Causal mask, left padding, window, rotary, grouped queries, gates and norms."""
-    import torch
-
+    torch = pytest.importorskip("torch")
     window = {"sliding_window": 4} if family == "Mistral" else {}
-    reference, config = decoder(family, **window)
+    reference = hf_decoder(family, **window)
+    config = dataclasses.replace(DECODER, qk_norm="rmsnorm" if family == "Qwen3" else None)
     inner = {k: v for k, v in hf.weights(reference).items() if k.startswith("layers")}
     stack = Stack(config, 2, rngs=nnx.Rngs(0))
     nnx.update(stack, hf.convert(inner, hf.DECODER, stack))
@@ -191,10 +194,8 @@ def test_a_decoder_equals_transformers(family):
     np.testing.assert_allclose(actual[valid], expected[valid], atol=1e-5)
 
 
-@pytest.mark.torch
 def test_packed_samples_equal_samples_on_their_own():
-    _, config = decoder("Llama")
-    stack = Stack(config, 2, rngs=nnx.Rngs(0))
+    stack = Stack(DECODER, 2, rngs=nnx.Rngs(0))
     call = jitted(
         stack,
         lambda stack, x, group, positions: stack(
