@@ -1,8 +1,9 @@
 """The same CLIP in mmjax and in PyTorch (transformers), side by side.
 
-Each side lives in a process of its own, so that neither memory nor threads are shared; the parent lets
-them work in turns, so that a machine whose speed drifts drifts for both. Both compute the same thing:
-towers of equal shape, softmax loss, AdamW; random weights, since speed does not depend on them.
+Each side lives in a process of its own, so that neither memory nor threads are shared; the parent
+lets them work in turns, so that a machine whose speed drifts drifts for both. Both compute the same
+thing: towers of equal shape, softmax loss, AdamW; random weights, since speed does not depend on
+them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-# Towers as in Table 1 of Radford et al. (2021) where they are named B and L; S has ViT-S's image tower.
+# Towers as in Table 1 of Radford et al. (2021) where they are named B and L; S has ViT-S's image
+# tower.
 SIZES = {
     "S/16": dict(image=(384, 12, 6, 1536, 16), text=(384, 12, 6, 1536), embed=384),
     "B/16": dict(image=(768, 12, 12, 3072, 16), text=(512, 12, 8, 2048), embed=512),
@@ -303,7 +305,8 @@ def main(argv: list[str]) -> int:
         f"{facts['mmjax']['device']}; median of {args.rounds} turns of {args.steps} step(s)"
     )
     print(
-        f"{'':8}{'':18}{'img/s':>9}{'ratio':>8}{'(min-max)':>14}{'MFU':>7}{'peak GiB':>10}{'compile s':>11}"
+        f"{'':8}{'':18}{'img/s':>9}{'ratio':>8}{'(min-max)':>14}{'MFU':>7}{'peak GiB':>10}"
+        f"{'compile s':>11}"
     )
     for mode in ("infer", "train"):
         for name in sides:

@@ -19,7 +19,7 @@ def parser(description: str, *, workdir: bool = True) -> argparse.ArgumentParser
     """Arguments of every command that takes a config."""
     result = argparse.ArgumentParser(
         description=description,
-        epilog="Any key of the config can be set by --config.KEY=VALUE, e.g. --config.train.steps=100.",
+        epilog="Any key of the config can be set by --config.KEY=VALUE.",
         allow_abbrev=False,
     )
     result.add_argument(
@@ -78,7 +78,8 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
     try:
         code = main(None) or 0
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        # JAX's own errors are RuntimeErrors too; only ours are meant to be read without a traceback.
+        # JAX's own errors are RuntimeErrors too; only ours are meant to be read without a
+        # traceback.
         if not type(error).__module__.startswith(("mmjax", "builtins")) or os.environ.get(
             "MMJAX_TRACEBACK"
         ):

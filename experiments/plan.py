@@ -4,9 +4,9 @@
     python -m experiments.plan --config configs/siglip/b16.py --topology v5e:4x4 --mesh fsdp=16
 
 Without --topology the devices are simulated CPU ones: shardings and collectives are those of XLA's
-partitioner, memory and FLOPs those of the CPU program. With --topology and the `tpu` extra the real TPU
-compiler makes the real TPU program. Nothing is run: FLOPs and bytes are facts about the program, times are
-not given.
+partitioner, memory and FLOPs those of the CPU program. With --topology and the `tpu` extra the real
+TPU compiler makes the real TPU program. Nothing is run: FLOPs and bytes are facts about the
+program, times are not given.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from mmjax.sharding import AXES, MeshConfig, make_mesh
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8}
 _KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
-# "%name = f32[8,64]{1,0} all-gather(" or "= (f32[..], f32[..]) all-reduce-start("; `-done` repeats it.
+# "%name = f32[8,64]{1,0} all-gather(" or "= (f32[..], f32[..]) all-reduce-start("; `-done` repeats
+# it.
 _COLLECTIVE = re.compile(rf"= (?P<shapes>[^=]*?) (?P<kind>{_KINDS})(-start)?\(")
 _SHAPE = re.compile(r"(?P<dtype>[a-z]+[0-9]*)\[(?P<dims>[0-9,]*)\]")
 _CHANNEL = re.compile(r"channel_id=(\d+)")

@@ -15,8 +15,8 @@ def build(config: Mapping[str, Any], *, rngs: nnx.Rngs) -> nnx.Module:
     """Build the model that `config.name` names from the other fields.
 
     Args:
-      config: a ConfigDict or dict, e.g. `{"name": "vit", "width": 192, ...}`; nested models are nested
-        groups.
+      config: a ConfigDict or dict, e.g. `{"name": "vit", "width": 192, ...}`; nested models are
+        nested groups.
       rngs: random streams for the initial parameters.
 
     Raises:

@@ -1,7 +1,8 @@
 """Models as a graph definition and a flat dictionary of arrays.
 
 Everything outside the models (rules, sharding, optimizers, checkpoints) sees parameters as
-`{"image/layers/attention/query/kernel": array}`: a plain pytree whose keys regular expressions match.
+`{"image/layers/attention/query/kernel": array}`: a plain pytree whose keys regular expressions
+match.
 """
 
 from __future__ import annotations

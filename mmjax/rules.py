@@ -58,7 +58,8 @@ def match(table: Table, paths: Iterable[str], *, name: str) -> dict[str, Any]:
             problems.append(f"  row ({pattern.pattern!r}, {value!r}) matches no parameter")
         elif not decides:
             problems.append(
-                f"  row ({pattern.pattern!r}, {value!r}) decides nothing: earlier rows take all it matches"
+                f"  row ({pattern.pattern!r}, {value!r}) decides nothing: earlier rows take all it "
+                "matches"
             )
     if problems:
         raise RuleError(

@@ -139,8 +139,8 @@ _STRATEGY = re.compile(r"(replicate|fsdp)|tensor\((-?\d+)\)")
 def parameter_spec(path: str, shape: Sequence[int], strategy: str, mesh: Mesh) -> PartitionSpec:
     """Where a parameter lies, by a strategy such as "tensor(-1)+fsdp".
 
-    Scalars and small arrays stay whole under `fsdp`; sharding along the stacked `layers` dimension is
-    avoided, since the scan over layers would gather it at every step.
+    Scalars and small arrays stay whole under `fsdp`; sharding along the stacked `layers` dimension
+    is avoided, since the scan over layers would gather it at every step.
 
     Raises:
       MeshError: on an unknown strategy, or a tensor dimension that is missing or indivisible.

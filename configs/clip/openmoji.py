@@ -1,4 +1,5 @@
-"""CLIP on OpenMoji icons and their names: `configs/siglip/openmoji.py` with CLIP's model and loss."""
+"""CLIP on OpenMoji icons and their names: `configs/siglip/openmoji.py` with CLIP's model and
+loss."""
 
 from ml_collections import ConfigDict
 

@@ -43,8 +43,9 @@ class CheckpointError(RuntimeError):
 class Checkpoints:
     """The checkpoints of one work directory.
 
-    Each holds the training state and the position of the data iterator. Orbax writes into a temporary
-    directory and renames it when everything is there; leftovers of a killed run are removed.
+    Each holds the training state and the position of the data iterator. Orbax writes into a
+    temporary directory and renames it when everything is there; leftovers of a killed run are
+    removed.
 
     Args:
       directory: where they stand.
@@ -205,8 +206,8 @@ def restore_params(directory: Path, targets: Params) -> tuple[int, Params]:
       The checkpoint's step, and {path in that run: array}; moving averages where the run kept them.
 
     Raises:
-      CheckpointError: if there is no checkpoint, or parameters are missing or of another shape (all are
-        listed).
+      CheckpointError: if there is no checkpoint, or parameters are missing or of another shape (all
+        are listed).
     """
     directory = Path(directory).absolute()
     steps = ocp.utils.checkpoint_steps(directory) if directory.is_dir() else []

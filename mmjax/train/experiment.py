@@ -1,7 +1,7 @@
 """From a config to the parts of an experiment: mesh, model, shardings, optimizer, step.
 
-Nothing here allocates a parameter or reads data, so that `experiments.plan` can use it for a mesh that
-is not there.
+Nothing here allocates a parameter or reads data, so that `experiments.plan` can use it for a mesh
+that is not there.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class RulesConfig:
 
     Attributes:
       sharding: strategies of mmjax.sharding.
-      trainable: True or False; frozen parameters get neither gradients nor optimizer state. All later
-        tables are about trainable parameters only.
+      trainable: True or False; frozen parameters get neither gradients nor optimizer state. All
+        later tables are about trainable parameters only.
       learning_rate: factors of the learning rate.
       weight_decay: factors of the weight decay.
     """
@@ -309,9 +309,9 @@ def prepare(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
 def load_initial(experiment: Experiment) -> Params:
     """Parameters that config.init takes from other runs, straight into sharded arrays.
 
-    Rows of config.init are (pattern over this model's paths, work directory, path there); the third may
-    refer to groups of the pattern: `("image/(.*)", "runs/vit", r"\\1")`. The first match wins; what no
-    row matches is initialised at random.
+    Rows of config.init are (pattern over this model's paths, work directory, path there); the third
+    may refer to groups of the pattern: `("image/(.*)", "runs/vit", r"\\1")`. The first match wins;
+    what no row matches is initialised at random.
 
     Raises:
       CheckpointError: if a run has no checkpoint, or lacks a parameter.

@@ -306,7 +306,8 @@ class _Clock:
 class _StopOnSignal:
     """SIGTERM asks the run to save and stop after the step at hand.
 
-    With several processes all must stop after the same step: JAX's preemption service agrees on one.
+    With several processes all must stop after the same step: JAX's preemption service agrees on
+    one.
     """
 
     def __enter__(self) -> _StopOnSignal:
@@ -330,7 +331,8 @@ class _StopOnSignal:
 
 
 def build_tokenizer(config: ConfigDict, workdir: Path) -> Any:
-    """The tokenizer of config.data, checked against the model's vocabulary; None where there is none.
+    """The tokenizer of config.data, checked against the model's vocabulary; None where there is
+    none.
 
     Raises:
       ConfigError: if the tokenizer has more tokens than the model has embeddings.

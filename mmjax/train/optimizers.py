@@ -36,8 +36,8 @@ def adafactor(
 ) -> optax.GradientTransformation:
     """Factored second moments (Shazeer & Stern, 2018) with a first moment in bfloat16.
 
-    Without its relative step sizes, as in "Scaling Vision Transformers" (Zhai et al., 2022), so that
-    learning rates mean the same as for Adam.
+    Without its relative step sizes, as in "Scaling Vision Transformers" (Zhai et al., 2022), so
+    that learning rates mean the same as for Adam.
     """
     parts = [
         optax.scale_by_factored_rms(
@@ -62,8 +62,8 @@ def muon(
     """Momentum orthogonalised by Newton-Schulz for the matrices of layers, Adam for all else.
 
     Updates of matrices are scaled to Adam's usual size (0.2 RMS; Liu et al., "Muon is Scalable for
-    LLM Training", 2025), so that one learning rate serves both. Stacked kernels [layers, in, out] are
-    orthogonalised layer by layer.
+    LLM Training", 2025), so that one learning rate serves both. Stacked kernels [layers, in, out]
+    are orthogonalised layer by layer.
     """
 
     def is_matrix(path: str, leaf: Any) -> bool:

@@ -41,7 +41,8 @@ def constant(steps: int, *, warmup: int = 0) -> Schedule:
 
 @SCHEDULES.register("cosine")
 def cosine(steps: int, *, warmup: int = 0, end: float = 0.0) -> Schedule:
-    """Half a cosine from 1 to `end` over the steps after the warm-up (Loshchilov & Hutter, 2017)."""
+    """Half a cosine from 1 to `end` over the steps after the warm-up (Loshchilov & Hutter,
+    2017)."""
     _check(steps, warmup=warmup)
     return _warm(optax.cosine_decay_schedule(1.0, max(steps - warmup, 1), alpha=end), warmup)
 

@@ -116,8 +116,8 @@ def _summed(task, model_of, params, parts, rngs):
 def _cached(task: FeatureTask, model_of, params, parts, rngs):
     """Features of all parts first, the loss of the whole batch, then each part's backward pass.
 
-    Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup" (2021). Each
-    part's forward pass runs twice, with the same randomness.
+    Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup" (2021).
+    Each part's forward pass runs twice, with the same randomness.
     """
 
     def features(params, part, rng):

@@ -2,9 +2,9 @@
 
     task.loss(model, batch, rng) -> (numerator, denominator), metrics
 
-Metrics are (numerator, denominator) pairs too, so that parts of a batch add up exactly. A task whose
-loss couples the examples of a batch is a `FeatureTask`: it says how to compute features of a part
-of the batch and the loss from the features of the whole, and so can be accumulated exactly.
+Metrics are (numerator, denominator) pairs too, so that parts of a batch add up exactly. A task
+whose loss couples the examples of a batch is a `FeatureTask`: it says how to compute features of a
+part of the batch and the loss from the features of the whole, and so can be accumulated exactly.
 """
 
 from __future__ import annotations
@@ -60,13 +60,14 @@ class FeatureTask(Task):
 
 @TASKS.register("contrastive")
 class Contrastive(FeatureTask):
-    """CLIP's and SigLIP's objective for models with `encode_image`, `encode_text`, `scale_and_bias`.
+    """CLIP's and SigLIP's objective for models with `encode_image`, `encode_text`,
+    `scale_and_bias`.
 
     Args:
       mesh: where the batch lies.
       loss: "softmax" (CLIP) or "sigmoid" (SigLIP).
-      chunked: exchange blocks of features around the ring of devices, so that memory per device does
-        not grow with their number; otherwise every device sees the logits of the whole batch.
+      chunked: exchange blocks of features around the ring of devices, so that memory per device
+        does not grow with their number; otherwise every device sees the logits of the whole batch.
     """
 
     fields = ("image", "text", "text_mask")
@@ -112,8 +113,8 @@ class Classification(Task):
     Args:
       mesh: unused; every task is given it.
       label_smoothing: share of the target that is spread over all classes.
-      mixup: parameter of the Beta distribution of mixing weights (Zhang et al., 2018); 0 is off. One
-        weight per batch, partners are the batch reversed.
+      mixup: parameter of the Beta distribution of mixing weights (Zhang et al., 2018); 0 is off.
+        One weight per batch, partners are the batch reversed.
     """
 
     fields = ("image", "label")

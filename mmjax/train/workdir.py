@@ -49,8 +49,8 @@ def claim(workdir: Path, config: ConfigDict) -> contextlib.AbstractContextManage
       A context to hold while running: no second run may use the directory meanwhile.
 
     Raises:
-      WorkdirError: if the directory belongs to another config (the difference is shown), is in use, or
-        holds something else than a run.
+      WorkdirError: if the directory belongs to another config (the difference is shown), is in use,
+        or holds something else than a run.
     """
     stored = workdir / "config.json"
     text = configs.to_json(config)

@@ -43,7 +43,7 @@ def test_mesh_shapes(sizes, devices, expected):
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 8, 1), (16, 1, 1)])
 def test_meshes_that_do_not_fit_say_so(sizes):
-    with pytest.raises(sharding.MeshError, match="8 device|at most one"):
+    with pytest.raises(sharding.MeshError, match=r"8 device|at most one"):
         sharding.mesh_shape(sharding.MeshConfig(*sizes), 8)
 
 
