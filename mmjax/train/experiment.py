@@ -217,6 +217,8 @@ class Experiment:
     def step_flops(self, batch: Any) -> float:
         """Matmul FLOPs of one step on all devices together (see mmjax.train.flops)."""
         config = self.config.copy_and_resolve_references()
+        # Neither kind of recomputation earns credit.
+        config.train.accumulate = 1
         plain = prepare(_with_value(config, "remat", "none"), mesh=self.mesh)
         # Traced for the CPU, where attention is written out; kernels of a GPU hide their products.
         with backend.compiling_for("cpu"):

@@ -59,7 +59,7 @@ def _count(jaxpr: core.Jaxpr) -> float:
     return total
 
 
-def _dot_flops(equation) -> float:
+def _dot_flops(equation: core.JaxprEqn) -> int:
     (contract, _), _ = equation.params["dimension_numbers"]
     left = equation.invars[0].aval.shape
     return 2 * equation.outvars[0].aval.size * math.prod(left[i] for i in contract)
