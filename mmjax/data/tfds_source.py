@@ -53,6 +53,11 @@ def _builder(dataset: str, data_dir: str | None):
     )
 
 
+def _is_prepared(builder: Any) -> bool:
+    # TFDS warns of every directory that is not there.
+    return os.path.exists(builder.data_path) and builder.is_prepared()
+
+
 def prepare(dataset: str, data_dir: str | None = None, download: bool = True):
     """The TFDS builder, prepared; safe to call from several processes at once.
 
@@ -60,7 +65,7 @@ def prepare(dataset: str, data_dir: str | None = None, download: bool = True):
       DataNotFoundError: unknown, or not prepared and not preparable here; says what to do.
     """
     builder = _builder(dataset, data_dir)
-    if builder.is_prepared():
+    if _is_prepared(builder):
         return builder
     help_text = (
         f"Prepare it once with file_format='array_record' "
@@ -69,20 +74,26 @@ def prepare(dataset: str, data_dir: str | None = None, download: bool = True):
     if not download:
         raise DataNotFoundError(f"{dataset!r} is not prepared in {builder.data_path}. {help_text}")
     target = Path(os.fspath(builder.data_path))
-    with locked(target.parent / f".{target.name}.lock"):
+    # Not inside the data set's directory: TFDS looks there for versions.
+    with locked(target.parent.parent / f".{target.parent.name}-{target.name}.lock"):
         # Another process may have prepared it while this one waited: look again.
         builder = _builder(dataset, data_dir)
-        if not builder.is_prepared():
+        if not _is_prepared(builder):
             try:
                 builder.download_and_prepare(file_format="array_record")
             except (DataNotFoundError, MemoryError, KeyboardInterrupt):
                 raise
             except Exception as error:
                 # A host that does not share our lock (network disks) may have won the race.
-                if _builder(dataset, data_dir).is_prepared():
+                if _is_prepared(_builder(dataset, data_dir)):
                     return _builder(dataset, data_dir)
                 if isinstance(error, OSError) and error.errno is not None:
-                    raise
+                    # A full or read-only disk; TFDS has removed what it had written.
+                    raise OSError(
+                        error.errno,
+                        f"{error.strerror}, preparing {dataset!r} in {target}: make room there, or "
+                        "set data_dir (or $TFDS_DATA_DIR) to another place",
+                    ) from error
                 raise DataNotFoundError(
                     f"{dataset!r} could not be prepared: {type(error).__name__}: {error}\n"
                     f"{help_text}"

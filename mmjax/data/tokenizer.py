@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,11 +129,12 @@ class HFTokenizer:
 
 Tokenizer = TrainedTokenizer | HFTokenizer
 
-TRAINERS: Registry[Callable[[int], tuple[tokenizers.Tokenizer, Any]]] = Registry("tokenizer")
+# name -> (normalised texts, vocabulary size) -> a tokenizer without normaliser and special tokens.
+TRAINERS: Registry[Callable[[list[str], int], tokenizers.Tokenizer]] = Registry("tokenizer")
 
 
 @TRAINERS.register("bpe")
-def _bpe(vocab_size: int):
+def _bpe(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
     """Byte-level BPE as GPT-2's: no text is unknown."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -144,41 +145,62 @@ def _bpe(vocab_size: int):
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    return backend, trainer
+    backend.train_from_iterator(texts, trainer)
+    return backend
 
 
 @TRAINERS.register("wordpiece")
-def _wordpiece(vocab_size: int):
+def _wordpiece(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
     """WordPiece as BERT's: words split at spaces and punctuation."""
-    backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token=UNKNOWN))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    backend.decoder = tokenizers.decoders.WordPiece()
+    # Left to itself the trainer numbers the letters inside words in the order of a randomly seeded
+    # hash table, and breaks ties by those numbers: two runs get two vocabularies. Given as special
+    # tokens they have a fixed order; the vocabulary then goes into a model where they are not.
+    letters = sorted({f"##{letter}" for text in texts for letter in text if not letter.isspace()})
+    scratch = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token=UNKNOWN))
+    scratch.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     trainer = tokenizers.trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=_SPECIAL, show_progress=False
+        vocab_size=vocab_size, special_tokens=[*_SPECIAL, *letters], show_progress=False
     )
-    return backend, trainer
+    scratch.train_from_iterator(texts, trainer)
+    model = tokenizers.models.WordPiece(scratch.get_vocab(), unk_token=UNKNOWN)
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = scratch.pre_tokenizer
+    backend.decoder = tokenizers.decoders.WordPiece()
+    return backend
 
 
 @TRAINERS.register("wordlevel")
-def _wordlevel(vocab_size: int):
+def _wordlevel(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
     """One id per word; words outside the vocabulary are unknown."""
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token=UNKNOWN))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     trainer = tokenizers.trainers.WordLevelTrainer(
         vocab_size=vocab_size, special_tokens=_SPECIAL, show_progress=False
     )
-    return backend, trainer
+    backend.train_from_iterator(texts, trainer)
+    return backend
 
 
-def train_tokenizer(name: str, texts: Iterator[str], vocab_size: int) -> TrainedTokenizer:
-    """A tokenizer of at most `vocab_size` ids (the four special ones included)."""
+def train_tokenizer(name: str, texts: Iterable[str], vocab_size: int) -> TrainedTokenizer:
+    """A tokenizer of at most `vocab_size` ids (the four special ones included); the same texts
+    always give the same one.
+
+    Raises:
+      ValueError: unknown name, or a vocabulary that cannot hold the letters.
+    """
     if name == "bpe" and vocab_size < 256 + len(_SPECIAL):
         raise ValueError(f"A byte-level bpe needs vocab_size >= 260, not {vocab_size}.")
-    backend, trainer = TRAINERS[name](vocab_size)
-    backend.normalizer = tokenizers.normalizers.Sequence(
+    normalizer = tokenizers.normalizers.Sequence(
         [tokenizers.normalizers.NFKC(), tokenizers.normalizers.Lowercase()]
     )
-    backend.train_from_iterator(texts, trainer)
+    backend = TRAINERS[name]([normalizer.normalize_str(text) for text in texts], vocab_size)
+    if backend.get_vocab_size() > vocab_size:
+        raise ValueError(
+            f"The {name} tokenizer needs vocab_size >= {backend.get_vocab_size()} for the letters "
+            f"of these captions, not {vocab_size}."
+        )
+    backend.normalizer = normalizer
+    backend.add_special_tokens(_SPECIAL)
     ids = [(token, backend.token_to_id(token)) for token in (BOS, EOS)]
     backend.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"{BOS} $A {EOS}", special_tokens=ids
@@ -231,18 +253,10 @@ def build_tokenizer(data_config: Any, workdir: str | os.PathLike) -> Tokenizer |
         return train_tokenizer(name, _captions(spec, captions), vocab_size)
 
     directory = Path(workdir).expanduser() / "tokenizer"
-    with locked(directory.with_name(".tokenizer.lock")):
-        if not directory.exists():
-            tokenizer = call_strictly(f"tokenizer {name!r}", train, arguments)
-            temporary = Path(tempfile.mkdtemp(prefix=".tokenizer.", dir=directory.parent))
-            try:
-                tokenizer.save(temporary)
-                (temporary / "config.json").write_text(
-                    json.dumps(data["tokenizer"], sort_keys=True)
-                )
-                os.replace(temporary, directory)  # a directory appears whole or not at all
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+    if not directory.exists():
+        with locked(directory.with_name(".tokenizer.lock")):
+            if not directory.exists():  # another process may have made it while this one waited
+                _keep(call_strictly(f"tokenizer {name!r}", train, arguments), data, directory)
     kept = json.loads((directory / "config.json").read_text())
     if kept != data["tokenizer"]:
         raise ValueError(
@@ -250,3 +264,18 @@ def build_tokenizer(data_config: Any, workdir: str | os.PathLike) -> Tokenizer |
             "another workdir, or remove that directory if nothing was trained with it."
         )
     return TrainedTokenizer.load(directory)
+
+
+def _keep(tokenizer: TrainedTokenizer, data: dict[str, Any], directory: Path) -> None:
+    """Writes the directory so that it appears whole or not at all."""
+    temporary = Path(tempfile.mkdtemp(prefix=".tokenizer.", dir=directory.parent))
+    try:
+        tokenizer.save(temporary)
+        (temporary / "config.json").write_text(json.dumps(data["tokenizer"], sort_keys=True))
+        os.replace(temporary, directory)
+    except OSError:
+        # A host that does not share our lock (network disks) may have made the same one first.
+        if not directory.exists():
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,6 +1,7 @@
 """Tokenizers: conventions, round trips, agreement with transformers."""
 
 import json
+import multiprocessing
 import os
 
 import numpy as np
@@ -28,6 +29,17 @@ def test_round_trip_and_conventions(name, vocabulary):
         tokens = row[kept].tolist()
         assert tokens[0] == 2 and tokens[-1] == 3 and (row[~kept] == 0).all()
     assert tokenizer.decode(ids[0]) == "the large red dog face"
+
+
+@pytest.mark.parametrize("name", ["bpe", "wordpiece", "wordlevel"])
+def test_training_is_deterministic(name):
+    """The library's hash tables are seeded anew for every tokenizer."""
+    from pydoc_data.topics import topics
+
+    texts = " ".join(topics.values()).split("\n")[:1500]
+    ids = [train_tokenizer(name, texts, 900).encode(texts[:200], 64).ids for _ in range(3)]
+    np.testing.assert_array_equal(ids[0], ids[1])
+    np.testing.assert_array_equal(ids[0], ids[2])
 
 
 def test_bytes_know_every_text():
@@ -124,3 +136,20 @@ def test_a_model_without_mask_attends_to_its_padding(tmp_path):
     assert ids.shape == (1, 64) and mask.all()
     masked = HFTokenizer(str(directory), attend_padding=False)
     assert not masked.encode(["red dog"], 64).mask.all()
+
+
+def test_several_processes_train_one_tokenizer(tmp_path):
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    jobs = [context.Process(target=_build, args=(str(tmp_path), queue)) for _ in range(3)]
+    for job in jobs:
+        job.start()
+    assert [queue.get(timeout=60) for _ in jobs] == [14, 14, 14]  # ten digits and the special ones
+    for job in jobs:
+        job.join()
+
+
+def _build(workdir, queue):
+    train = dict(sources=[dict(name="digits")], text=dict(max_len=8))
+    config = dict(tokenizer=dict(name="wordlevel", vocab_size=100), train=train)
+    queue.put(build_tokenizer(config, workdir).vocab_size)
