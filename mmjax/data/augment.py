@@ -261,19 +261,23 @@ class IconView(Augmentation):
         )
         # Premultiplied alpha, so that the colour under transparent pixels does not bleed in.
         icon = image.convert("RGBA").convert("RGBa")
-        step = icon.width / (size * zoom)  # pixels of the icon per pixel of the view
-        if step > 1.6:
-            # Bilinear sampling aliases at large steps: average first.
-            icon = icon.reduce(int(step * 1.25))
-            step = icon.width / (size * zoom)
+        # Bilinear sampling aliases where it steps over pixels: average 2 x 2 samples per pixel of a
+        # small view, and shrink icons that are larger still.
+        factor = 2 if icon.width > 1.5 * size else 1
+        side = size * factor
+        if icon.width > 2 * side:
+            icon = icon.reduce(icon.width // side)
+        step = icon.width / (side * zoom)  # pixels of the icon per sample
         cos, sin = math.cos(angle) * step, math.sin(angle) * step
-        x, y = size * (0.5 + dx), size * (0.5 + dy)  # where the icon's centre goes
+        x, y = side * (0.5 + dx), side * (0.5 + dy)  # where the icon's centre goes
         matrix = (
             cos, sin, icon.width / 2 - cos * x - sin * y,
             -sin, cos, icon.height / 2 + sin * x - cos * y,
         )  # fmt: skip
-        icon = icon.transform((size, size), Image.Transform.AFFINE, matrix, FILTERS["bilinear"])
-        view = Image.new("RGB", (size, size), tuple(int(level) for level in ground))
+        icon = icon.transform((side, side), Image.Transform.AFFINE, matrix, FILTERS["bilinear"])
+        view = Image.new("RGB", (side, side), tuple(int(level) for level in ground))
         view.paste(icon.convert("RGBA"), mask=icon.getchannel("a"))
+        if factor > 1:
+            view = view.reduce(factor)
         levels = np.minimum(np.asarray(view) * gains.astype(np.float32), 255)
         return Image.fromarray(levels.astype(np.uint8))

@@ -110,3 +110,18 @@ def test_bad_names_and_fields_name_the_nearest():
         make_augmentation({"name": "flip", "shar": 0.1})
     with pytest.raises(ValueError, match="scale"):
         make_augmentation({"name": "random_resized_crop", "scale": (0.0, 2.0)})
+
+
+@pytest.mark.parametrize("size", [32, 48, 96])
+def test_icon_view_is_neither_blurred_nor_aliased(size):
+    """A small view is what a view of the same icon at four times the size averages to."""
+    rough = np.random.default_rng(0).integers(0, 2, (28, 28), dtype=np.uint8) * 255
+    icon = Image.fromarray(rough).resize((112, 112), Image.Resampling.NEAREST).convert("RGBA")
+    large = icon.resize((448, 448), Image.Resampling.BICUBIC)
+    view = make_augmentation({"name": "icon_view"})
+    errors = []
+    for seed in range(5):
+        got = np.asarray(view(icon, rng(seed), size), float)
+        fine = view(large, rng(seed), 4 * size).resize((size, size), Image.Resampling.BOX)
+        errors.append(np.abs(got - np.asarray(fine, float)).mean() / np.asarray(fine).std())
+    assert np.mean(errors) < 0.15, errors
