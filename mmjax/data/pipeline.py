@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
+from mmjax.data.buffers import BufferPool
 from mmjax.data.image import (
     PRESETS,
     CorruptImageError,
@@ -84,6 +85,7 @@ class Maker:
         self.spec = spec
         self.sources = list(sources)
         self.tokenizer = tokenizer
+        self._pool = BufferPool()
 
     def check(self) -> None:
         """Looks at one record of each source, so that a wrong field fails at once, by name."""
@@ -99,7 +101,7 @@ class Maker:
         arrays: dict[str, np.ndarray] = {}
         if self.spec.image is not None:
             side = self.spec.image.size
-            arrays["image"] = np.empty((size, side, side, 3), np.float32)
+            arrays["image"] = self._pool.empty((size, side, side, 3))
         if self.spec.label is not None:
             arrays["label"] = np.zeros(size, np.int32)
         return arrays
