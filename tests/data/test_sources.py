@@ -144,16 +144,16 @@ def test_long_names_and_missing_members(tmp_path):
 
 
 def _prepare(directory, queue):
+    import tiny_builder  # noqa: F401  (registers tiny_pictures)
+
     from mmjax.data.tfds_source import prepare
 
     queue.put(len(prepare("tiny_pictures", directory).as_data_source(split="train")))
 
 
 def test_tfds_prepared_by_several_processes_at_once(tmp_path):
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    import tiny_builder  # noqa: F401  (registers tiny_pictures)
-
     jobs = [context.Process(target=_prepare, args=(str(tmp_path), queue)) for _ in range(3)]
     for job in jobs:
         job.start()
@@ -161,6 +161,8 @@ def test_tfds_prepared_by_several_processes_at_once(tmp_path):
     for job in jobs:
         job.join()
         assert job.exitcode == 0
+    import tiny_builder  # noqa: F401
+
     # Read by name alone, images still encoded; decoded they are what TFDS itself decodes.
     source = opened("tfds", dataset="tiny_pictures", split="train", data_dir=str(tmp_path))
     import tensorflow_datasets as tfds

@@ -139,7 +139,7 @@ def test_a_model_without_mask_attends_to_its_padding(tmp_path):
 
 
 def test_several_processes_train_one_tokenizer(tmp_path):
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     jobs = [context.Process(target=_build, args=(str(tmp_path), queue)) for _ in range(3)]
     for job in jobs:
