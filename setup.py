@@ -20,6 +20,8 @@ setup(
         "orbax-checkpoint>=0.12.8",
         "grain>=0.2.18",
         "tensorflow-datasets>=4.9.10",
+        # TFDS needs it for builders with metadata files, and does not say so.
+        "importlib_resources",
         "array_record>=0.8.6",
         "ml_collections>=1.1",
         "transformers>=5.0",

@@ -24,11 +24,11 @@ def two_towers(model: str, arg: str | None) -> ConfigDict:
         arg,
         size="Xs",
         res=48,
-        patch=8,
+        patch=12,
         batch=128,
-        steps=1200,
-        lr=2e-3,
-        drop=0.5,
+        steps=700,
+        lr=3e-3,
+        drop=0.0,
         chunked=False,
         dtype="float32",
     )
@@ -36,9 +36,10 @@ def two_towers(model: str, arg: str | None) -> ConfigDict:
     image = dict(
         image_size=arg.res,
         **vit_size(f"{arg.size}/{arg.patch}"),
-        pooling="map",
-        position="learned",
-        # As in FLIP (Li et al., 2023): more examples in the same time, and less to memorise.
+        # Of the published choices those that learn most in minutes: SigLIP's attention pooling and
+        # learned positions start more slowly (at 200 steps of AdamW the loss is 4.5, not 4.2).
+        pooling="mean",
+        position="sincos2d",
         patch_dropout=arg.drop,
         **common,
     )
@@ -46,7 +47,7 @@ def two_towers(model: str, arg: str | None) -> ConfigDict:
     # Names are short and simple.
     text["depth"] = max(text["depth"] // 2, 1)
     if model == "siglip":
-        text |= dict(attention="bidirectional", pooling="last", padding="attend")
+        text |= dict(attention="bidirectional", pooling="mean", padding="mask")
         # The published bias of -10 suits batches of 32,768; this is the same prior for small ones.
         fields = dict(image=image, text=text, init_bias=-math.log(arg.batch))
         loss = "sigmoid"
@@ -79,12 +80,14 @@ def two_towers(model: str, arg: str | None) -> ConfigDict:
             max_bad_share=0.01,
         ),
         optimizer=dict(
-            name="adamw",
+            # In the same number of steps it goes about twice as far as AdamW.
+            name="muon",
             learning_rate=arg.lr,
             schedule=dict(name="cosine", warmup=arg.steps // 20),
             weight_decay=0.1,
-            options=dict(b2=0.95),
         ),
+        # Scale and bias have far to go in few steps.
+        rules=dict(learning_rate=(("logit_.*", 10.0), (".*", 1.0))),
         train=dict(steps=arg.steps, batch_size=arg.batch, log_every=20),
         checkpoint=dict(every=every),
         evals=dict(
@@ -108,7 +111,7 @@ def two_towers(model: str, arg: str | None) -> ConfigDict:
             ),
             heldout_among_all=dict(
                 name="retrieval",
-                every=every,
+                every=arg.steps,
                 queries=data("heldout"),
                 distractors=data("seen_views"),
                 title="OpenMoji, held-out concepts among all concepts",

@@ -38,7 +38,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         ),
         data=dict(
             tokenizer=None,
-            train=data("train", (dict(name="random_crop", padding=1),)),
+            train=data(
+                "train", (dict(name="random_resized_crop", scale=(0.7, 1.0), ratio=(0.9, 1.1)),)
+            ),
             workers=0,
             threads=2,
             prefetch=4,

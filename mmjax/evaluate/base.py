@@ -62,4 +62,8 @@ def make_evaluator(config: Mapping[str, Any], context: EvalContext, where: str) 
         raise ConfigError(
             f"{where} does not describe the evaluator {name!r}:\n" + "\n".join(problems)
         )
+    for value in fields.values():
+        if isinstance(value, Mapping) and "sources" in value:
+            # A path that does not exist is told now, not at the first evaluation, hours later.
+            context.open(value)
     return evaluator(context=context, **fields)

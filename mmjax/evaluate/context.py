@@ -100,12 +100,13 @@ class EvalContext:
 
     def batches(self, data_config: Mapping[str, Any]) -> Iterator[EvalBatch]:
         """The whole data set, in a fixed order, each process reading its part."""
-        for batch in self._open(data_config):
+        for batch in self.open(data_config):
             valid = np.asarray(batch.valid, bool)
             arrays = global_batch({**batch.arrays, VALID: valid}, self.mesh)
             yield EvalBatch(arrays, valid, batch.texts)
 
-    def _open(self, data_config: Mapping[str, Any]) -> Iterable:
+    def open(self, data_config: Mapping[str, Any]) -> Iterable:
+        """This process's part of a data set."""
         return self.open_data(
             data_config,
             self.tokenizer,
@@ -146,7 +147,7 @@ class EvalContext:
           ValueError: if the data set is empty.
         """
         rows, texts, images = [], [], []
-        for batch in self._open(data_config):
+        for batch in self.open(data_config):
             # Which process a row of a global array comes from depends on the mesh: rows carry it.
             count = len(batch.valid)
             origin = np.arange(count, dtype=np.int32) + count * jax.process_index()

@@ -32,7 +32,11 @@ def sgd(*, momentum: float = 0.0, nesterov: bool = False) -> optax.GradientTrans
 
 @PRECONDITIONERS.register("adafactor")
 def adafactor(
-    *, b1: float = 0.9, decay_rate: float = 0.8, clip: float = 1.0, min_dim_size_to_factor: int = 32
+    *,
+    b1: float = 0.9,
+    decay_rate: float = 0.8,
+    clip: float | None = 1.0,
+    min_dim_size_to_factor: int = 32,
 ) -> optax.GradientTransformation:
     """Factored second moments (Shazeer & Stern, 2018) with a first moment in bfloat16.
 
@@ -42,9 +46,10 @@ def adafactor(
     parts = [
         optax.scale_by_factored_rms(
             decay_rate=decay_rate, min_dim_size_to_factor=min_dim_size_to_factor
-        ),
-        optax.clip_by_block_rms(clip),
+        )
     ]
+    if clip is not None:
+        parts.append(optax.clip_by_block_rms(clip))
     if b1:
         parts.append(optax.ema(b1, debias=False, accumulator_dtype=jax.numpy.bfloat16))
     return optax.chain(*parts)
