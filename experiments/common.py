@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -77,15 +78,42 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
     logging.getLogger("jax").setLevel(logging.WARNING)
     try:
         code = main(None) or 0
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        # JAX's own errors are RuntimeErrors too; only ours are meant to be read without a
-        # traceback.
-        if not type(error).__module__.startswith(("mmjax", "builtins")) or os.environ.get(
-            "MMJAX_TRACEBACK"
-        ):
+    except KeyboardInterrupt:
+        print("Interrupted. The same command goes on from what is saved.", file=sys.stderr)
+        code = 130
+        _leave_alone(code)
+    except Exception as error:
+        # JAX's own errors are RuntimeErrors too; only ours are meant to be read without a traceback.
+        ours = isinstance(error, ValueError | OSError | RuntimeError | ImportError) and type(
+            error
+        ).__module__.startswith(("mmjax", "builtins"))
+        if not ours or os.environ.get("MMJAX_TRACEBACK"):
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}{_hint(error)}", file=sys.stderr)
         code = 1
+        _leave_alone(code)
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)
+
+
+def _hint(error: Exception) -> str:
+    """What to do about errors of the operating system that say nothing themselves."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return (
+            "\nThe disk (or a quota) is full. What was saved is unharmed: free space, then run the "
+            "same command again; a run resumes from its last whole checkpoint."
+        )
+    return ""
+
+
+def _leave_alone(code: int) -> None:
+    """Where one process of several failed, it leaves at once.
+
+    JAX would first wait for the others, minutes long, while they wait for this one in a collective.
+    """
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

@@ -13,7 +13,7 @@ from experiments import common
 
 
 def main(argv: Sequence[str] | None) -> int:
-    """Returns 0, or 143 (as a shell reports SIGTERM) if the run was asked to stop and saved."""
+    """Returns 0; if the run was asked to stop and saved, 143 (SIGTERM) or 130 (Ctrl-C)."""
     args, config = common.parse(common.parser(__doc__), argv)
     from mmjax.train.loop import Preempted, train
 
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None) -> int:
         metrics = train(config, args.workdir)
     except Preempted as stopped:
         print(f"{stopped} Run the same command again to go on.", file=sys.stderr)
-        return 143
+        return 128 + stopped.number
     print(json.dumps(metrics, indent=2))
     return 0
 

@@ -122,6 +122,11 @@ def batch_shards(mesh: Mesh) -> int:
 def check_batch(batch_size: int, mesh: Mesh, *, accumulate: int, processes: int) -> None:
     """Raises MeshError if a global batch cannot be divided evenly."""
     shards = batch_shards(mesh)
+    if shards % processes:
+        raise MeshError(
+            f"data x fsdp = {shards} shards of the batch do not divide over {processes} processes: "
+            "each reads its own rows. Let config.mesh.tensor lie within one process."
+        )
     step = math.lcm(shards * accumulate, processes)
     if batch_size < 1 or batch_size % step:
         lower = batch_size // step * step

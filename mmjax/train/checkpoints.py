@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from mmjax.params import Params
+from mmjax.train import processes
 from mmjax.train.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -24,16 +26,22 @@ class CheckpointConfig:
 
     Attributes:
       every: steps between checkpoints; the last step is always saved.
-      keep: so many latest checkpoints stay.
+      keep: so many latest checkpoints stay; 2, so that one is left should the last be damaged.
       keep_every: checkpoints of these steps stay for good; None: none do.
       best: an evaluation's metric, e.g. "eval/heldout/text_to_image/R@1"; the checkpoint with its
         largest value stays too.
     """
 
     every: int
-    keep: int = 1
+    keep: int = 2
     keep_every: int | None = None
     best: str | None = None
+
+    def __post_init__(self):
+        for name in ("every", "keep", "keep_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"config.checkpoint.{name} must be at least 1, not {value}.")
 
 
 class CheckpointError(RuntimeError):
@@ -59,19 +67,14 @@ class Checkpoints:
         if config.keep_every is not None:
             keep.append(policies.EveryNSteps(config.keep_every))
         if config.best is not None:
-            best = config.best
-            keep.append(
-                policies.BestN(
-                    get_metric_fn=lambda metrics: metrics[best],
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
+            keep.append(policies.BestN(get_metric_fn=self._score, n=1))
         self._manager = ocp.CheckpointManager(
             self.directory,
-            item_names=("state", "data"),
+            item_handlers={"state": _array_handler(), "data": ocp.JsonCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(keep),
+                # Without it metrics are not written, and a resumed run would forget its best.
+                best_fn=None if config.best is None else self._score,
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
             ),
@@ -93,16 +96,20 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        metrics = metrics if self.config.best in metrics else None
         with self._explained():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(_as_dict(state)),
+                    state=ocp.args.PyTreeSave(_as_dict(state)),
                     data=ocp.args.JsonSave(data),
                 ),
-                metrics=metrics,
+                metrics=None if self.config.best is None else metrics,
             )
+
+    def _score(self, metrics: dict[str, float]) -> float:
+        """For `CheckpointConfig.best`; steps without an evaluation come last, and so does NaN."""
+        value = metrics.get(self.config.best, -math.inf)
+        return -math.inf if math.isnan(value) else value
 
     def restore(self, target: TrainState) -> tuple[int, TrainState, dict[str, Any]] | None:
         """The latest checkpoint that is whole.
@@ -119,23 +126,16 @@ class Checkpoints:
           CheckpointError: if there are checkpoints but none can be read.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
-        errors = []
+        errors: list[str] = []
         for step in steps:
-            try:
-                restored = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(_as_dict(target)),
-                        data=ocp.args.JsonRestore(),
-                    ),
-                )
-            except Exception as error:
-                errors.append(f"  step {step}: {_first_line(error)}")
-                log.warning("Checkpoint %d cannot be read (%s).", step, _first_line(error))
-                continue
-            for bad in steps[: len(errors)]:
-                self._set_aside(bad)
-            return step, TrainState(**restored.state), restored.data
+            restored, problem = self._try(step, target)
+            # All processes must go on from the same step.
+            if processes.agree(restored is not None):
+                for bad in steps[: len(errors)]:
+                    self._set_aside(bad)
+                return step, TrainState(**restored.state), restored.data
+            log.warning("Checkpoint %d cannot be read (%s).", step, problem)
+            errors.append(f"  step {step}: {problem}")
         if errors:
             raise CheckpointError(
                 f"None of the checkpoints in {self.directory} can be read:\n"
@@ -144,11 +144,24 @@ class Checkpoints:
             )
         return None
 
+    def _try(self, step: int, target: TrainState) -> tuple[Any, str]:
+        """What the checkpoint of a step holds, or None and why it cannot be read."""
+        items = ocp.args.Composite(
+            state=_array_restore(_as_dict(target)), data=ocp.args.JsonRestore()
+        )
+        try:
+            return self._manager.restore(step, args=items), "another process cannot read it"
+        except Exception as error:
+            return None, _first_line(error)
+
     def _set_aside(self, step: int) -> None:
-        if jax.process_index() == 0:
-            aside = self.directory / f"corrupt-{step}"
-            os.rename(self.directory / str(step), aside)
-            log.warning("The unreadable checkpoint of step %d was moved to %s.", step, aside)
+        with processes.together("moving a damaged checkpoint aside"):
+            if jax.process_index() == 0:
+                aside = self.directory / f"corrupt-{step}"
+                while aside.exists():
+                    aside = aside.with_name(aside.name + "-again")
+                os.rename(self.directory / str(step), aside)
+                log.warning("The unreadable checkpoint of step %d was moved to %s.", step, aside)
         self._manager.reload()
 
     def wait(self) -> None:
@@ -161,8 +174,21 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
-    def close(self) -> None:
-        self.wait()
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if error is None:
+            self.wait()
+        elif jax.process_count() > 1:
+            # Writing needs all processes, and some may be gone.
+            return
+        else:
+            try:
+                self.wait()
+            except CheckpointError as second:
+                if not isinstance(error, CheckpointError):
+                    log.error("%s", second)
         self._manager.close()
 
     def _explained(self):
@@ -191,6 +217,20 @@ def _as_dict(state: TrainState) -> dict[str, Any]:
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
 
 
+def _array_handler() -> ocp.PyTreeCheckpointHandler:
+    """As Orbax's default, but small arrays are not cut into slices, one for each device that holds a
+    copy: each cut is a compilation, hundreds of them at the first checkpoint."""
+    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+
+
+def _array_restore(tree: Any, **options: Any) -> ocp.args.PyTreeRestore:
+    """Arrays with the shapes, types and shardings of `tree`, whatever mesh saved them."""
+    how = ocp.checkpoint_utils.construct_restore_args(tree)
+    return ocp.args.PyTreeRestore(item=tree, restore_args=how, **options)
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
@@ -212,7 +252,10 @@ def restore_params(directory: Path, targets: Params) -> tuple[int, Params]:
     directory = Path(directory).absolute()
     steps = ocp.utils.checkpoint_steps(directory) if directory.is_dir() else []
     if not steps:
-        raise CheckpointError(f"There is no checkpoint in {directory}.")
+        raise CheckpointError(
+            f"There is no checkpoint in {directory}. Train that run first, or give the work directory "
+            "of one that is trained."
+        )
     step = max(steps)
     item = directory / str(step) / "state"
     with ocp.PyTreeCheckpointer() as checkpointer:
@@ -240,10 +283,6 @@ def restore_params(directory: Path, targets: Params) -> tuple[int, Params]:
             tree.setdefault(group, {})[path] = targets[path]
         restored = checkpointer.restore(
             item,
-            args=ocp.args.PyTreeRestore(
-                item=tree,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
-                partial_restore=True,
-            ),
+            args=_array_restore(tree, partial_restore=True),
         )
     return step, {path: restored[group][path] for path, group in where.items()}

@@ -7,9 +7,10 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,11 +25,14 @@ from mmjax import sharding
 from mmjax.config import ConfigError, to_json
 from mmjax.evaluate import EvalContext, Evaluator, make_evaluator
 from mmjax.evaluate.sheets import learning_curves
+from mmjax.registry import nearest
 from mmjax.train import workdir as workdirs
 from mmjax.train.checkpoints import Checkpoints
 from mmjax.train.experiment import Experiment, load_initial, prepare
 from mmjax.train.flops import PEAK_TFLOPS
 from mmjax.train.logging import MetricsWriter, progress, read_metrics
+from mmjax.train.processes import together
+from mmjax.train.state import fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +42,13 @@ class TrainingError(RuntimeError):
 
 
 class Preempted(Exception):
-    """The run was asked to stop (SIGTERM); its checkpoint is saved."""
+    """The run was asked to stop by a signal; its checkpoint is saved."""
+
+    def __init__(self, number: int, step: int):
+        super().__init__(
+            f"Stopped on {signal.Signals(number).name} after step {step}; the checkpoint is saved."
+        )
+        self.number = number
 
 
 def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
@@ -52,32 +62,36 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
       The metrics of the last evaluation.
 
     Raises:
-      Preempted: after SIGTERM, when the checkpoint is saved.
+      Preempted: after SIGTERM or Ctrl-C, when the checkpoint is saved.
       TrainingError: if the loss is no longer finite.
       and the errors of config, data, mesh, rules, work directory and checkpoints.
     """
     workdir = Path(workdir).absolute()
     experiment = prepare(config)
-    with workdirs.claim(workdir, config):
-        return _train(experiment, workdir)
+    with contextlib.ExitStack() as stack:
+        with together("claiming the work directory"):
+            stack.enter_context(workdirs.claim(workdir, config))
+        return _train(experiment, workdir, stack)
 
 
-def _train(experiment: Experiment, workdir: Path) -> dict[str, float]:
+def _train(
+    experiment: Experiment, workdir: Path, stack: contextlib.ExitStack
+) -> dict[str, float]:
     config = experiment.config
     tokenizer = build_tokenizer(config, workdir)
-    loader = datasets.open_train(
-        config.data,
-        tokenizer,
-        batch_size=experiment.train.batch_size // jax.process_count(),
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    writer = MetricsWriter(
-        workdir, wandb_project=experiment.train.wandb, config=json.loads(to_json(config))
-    )
-    saved = Checkpoints(workdir / "checkpoints", experiment.checkpoint)
-    evaluators = make_evaluators(experiment, tokenizer, workdir)
+    with together("opening the training data"):
+        loader = datasets.open_train(
+            config.data,
+            tokenizer,
+            batch_size=experiment.train.batch_size // jax.process_count(),
+            seed=config.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        stack.enter_context(contextlib.closing(loader))
+    with together("preparing the evaluations"):
+        evaluators = make_evaluators(experiment, tokenizer, workdir)
+    saved = stack.enter_context(Checkpoints(workdir / "checkpoints", experiment.checkpoint))
     restored = saved.restore(experiment.abstract_state())
     if restored is None:
         start, state = 0, experiment.initial_state(load_initial(experiment))
@@ -85,17 +99,30 @@ def _train(experiment: Experiment, workdir: Path) -> dict[str, float]:
         start, state, position = restored
         loader.set_state(position)
         log.info("Resuming from step %d.", start)
-    workdirs.add_manifest(
-        workdir, workdirs.manifest(config, resumed_from=start, data=loader.get_state())
+    if start >= experiment.train.steps:
+        log.info("The run is complete; nothing is left to do.")
+        return _last_scores(workdir, start)
+    entry = workdirs.manifest(
+        config,
+        changes=workdirs.changes(workdir, config),
+        resumed_from=start,
+        parameters_sha256=fingerprint(state.params),
+        data=loader.get_state(),
     )
-    writer.start(start)
+    with together("writing to the work directory"):
+        workdirs.add_manifest(workdir, entry)
+        writer = MetricsWriter(
+            workdir, start, wandb_project=experiment.train.wandb, config=json.loads(to_json(config))
+        )
+        stack.enter_context(contextlib.closing(writer))
     run = _Run(experiment, workdir, loader, writer, saved, evaluators)
-    try:
-        with _StopOnSignal() as stop:
-            return run.run(state, start, stop)
-    finally:
-        loader.close()
-        writer.close()
+    with _StopOnSignal() as stop:
+        return run.run(state, start, stop)
+
+
+def _last_scores(workdir: Path, step: int) -> dict[str, float]:
+    rows = [row for row in read_metrics(workdir / "metrics.jsonl") if row["step"] == step]
+    return {k: v for row in rows for k, v in row.items() if k.startswith("eval/")}
 
 
 class Scheduled(NamedTuple):
@@ -128,6 +155,17 @@ def make_evaluators(experiment: Experiment, tokenizer: Any, workdir: Path) -> di
         if not isinstance(every, int) or every < 1:
             raise ConfigError(f"{where}.every must be a number of steps, not {every!r}.")
         result[key] = Scheduled(make_evaluator(fields, context, where), every)
+        # A column misspelt here should not end a run at its first evaluation, hours later.
+        for value in fields.values():
+            if isinstance(value, Mapping) and "sources" in value:
+                datasets.open_eval(value, tokenizer, batch_size=1)
+    best = experiment.checkpoint.best
+    prefixes = [f"eval/{key}/" for key in result]
+    if best is not None and not best.startswith(tuple(prefixes)):
+        raise ConfigError(
+            f"config.checkpoint.best is {best!r}, which no evaluation of config.evals gives; "
+            f"{nearest(best, prefixes)}"
+        )
     return result
 
 
@@ -143,10 +181,6 @@ class _Run:
     def run(self, state: Any, start: int, stop: _StopOnSignal) -> dict[str, float]:
         training, checkpoint = self.experiment.train, self.experiment.checkpoint
         evaluated: dict[str, float] = {}
-        if start >= training.steps:
-            log.info("The run is complete; nothing is left to do.")
-            rows = [row for row in read_metrics(self.writer.path) if row["step"] == start]
-            return {k: v for row in rows for k, v in row.items() if k.startswith("eval/")}
         clock = _Clock(self.experiment)
         bar = progress(training.steps, start)
         step_function = None
@@ -167,7 +201,7 @@ class _Run:
             # One step late, so that the device works while the host waits.
             if pending is not None:
                 self._check_finite(*pending)
-            pending = (step, metrics["loss"], batch.ids)
+            pending = (step, metrics, batch.ids)
             bar.update()
 
             last = step == training.steps
@@ -194,10 +228,10 @@ class _Run:
                     self.saved.save(step, state, self.loader.get_state(), evaluated if due else {})
             if stopping and not last:
                 bar.close()
-                self.saved.close()
-                raise Preempted(f"Stopped on SIGTERM after step {step}; the checkpoint is saved.")
+                self.saved.wait()
+                raise Preempted(stop.number, step)
         bar.close()
-        self.saved.close()
+        self.saved.wait()
         return evaluated
 
     def _row(self, step: int, metrics: dict[str, np.ndarray]) -> dict[str, float]:
@@ -206,13 +240,19 @@ class _Run:
         return row | {"train/learning_rate": float(rate)}
 
     def _evaluate(self, state: Any, step: int, last: bool) -> dict[str, float]:
-        row = {}
+        row: dict[str, float] = {}
+        best = self.experiment.checkpoint.best
         for name, (evaluator, every) in self.evaluators.items():
             if last or step % every == 0:
                 scores = evaluator.run(state.eval_params)
                 tqdm.write(f"\n{name}, step {step}\n{evaluator.describe(scores)}")
                 for metric, value in scores.items():
                     row[f"eval/{name}/{metric}"] = float(value)
+                if best is not None and best.startswith(f"eval/{name}/") and best not in row:
+                    raise ConfigError(
+                        f"config.checkpoint.best is {best!r}, which {name!r} does not give; "
+                        f"{nearest(best, row)}"
+                    )
         if row:
             self.writer.write(step, row)
         if last and jax.process_index() == 0:
@@ -230,19 +270,25 @@ class _Run:
                 f"batches have {sorted(arrays)}. Add {missing} to config.data.train."
             )
 
-    def _check_finite(self, step: int, loss: jax.Array, ids: list[str]) -> None:
-        value = float(jax.device_get(loss))
-        if math.isfinite(value):
+    def _check_finite(self, step: int, metrics: dict[str, jax.Array], ids: list[str]) -> None:
+        """A loss may be finite and its gradient not: then the parameters are already spoilt."""
+        values = {name: float(metrics[name]) for name in ("loss", "grad_norm")}
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if not bad:
             return
         path = self.workdir / f"nonfinite-step-{step}-process-{jax.process_index()}.json"
-        report = {"step": step, "loss": str(value), "ids": ids}
+        report = {"step": step, **{name: str(value) for name, value in values.items()}, "ids": ids}
         workdirs.write_atomically(path, json.dumps(report, indent=2))
-        raise TrainingError(
-            f"The loss of step {step} is {value}. The examples of its batch are listed in {path}; "
-            "nothing of this step was saved. Look at these examples, lower "
-            "config.optimizer.learning_rate or set config.optimizer.clip_norm, and start again: a "
-            "resumed run meets the same batch."
-        )
+        try:
+            self.saved.wait()  # for an earlier step's checkpoint, should it be under way
+        finally:
+            raise TrainingError(
+                f"The {bad[0]} of step {step} is {values[bad[0]]}. The examples of its batch are "
+                f"listed in {path}; nothing of this step or later ones is saved. A resumed run "
+                "meets the same batch: look at these examples, or lower "
+                "config.optimizer.learning_rate or config.optimizer.clip_norm and start again with "
+                "another --workdir."
+            )
 
 
 class _Clock:
@@ -304,25 +350,38 @@ class _Clock:
 
 
 class _StopOnSignal:
-    """SIGTERM asks the run to save and stop after the step at hand.
+    """SIGTERM or Ctrl-C ask the run to save and stop after the step at hand; a second Ctrl-C is obeyed
+    at once.
 
-    With several processes all must stop after the same step: JAX's preemption service agrees on
-    one.
+    With several processes all must stop after the same step: JAX's preemption service, which listens
+    to SIGTERM, agrees on one.
     """
 
-    def __enter__(self) -> _StopOnSignal:
+    def __init__(self):
+        self.number = signal.SIGTERM
         self._asked = False
         self._single = jax.process_count() == 1
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopOnSignal:
         if self._single:
-            self._before = signal.signal(signal.SIGTERM, self._ask)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._single:
-            signal.signal(signal.SIGTERM, self._before)
+        self._restore()
 
-    def _ask(self, *_: object) -> None:
-        self._asked = True
+    def _ask(self, number: int, _: object) -> None:
+        self._asked, self.number = True, number
+        self._restore(signal.SIGINT)
+        # Not print: a handler may have interrupted one.
+        os.write(2, b"\nSaving and stopping after this step; Ctrl-C stops at once.\n")
+
+    def _restore(self, *numbers: int) -> None:
+        for number in numbers or tuple(self._before):
+            if number in self._before:
+                signal.signal(number, self._before.pop(number))
 
     def requested(self, step: int) -> bool:
         if self._single:
@@ -340,10 +399,9 @@ def build_tokenizer(config: ConfigDict, workdir: Path) -> Any:
     if config.data.tokenizer is None:
         return None
     # The first process may have to train it; the others read what it wrote.
-    if jax.process_index() == 0:
-        datasets.build_tokenizer(config.data, workdir)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("tokenizer")
+    with together("making the tokenizer"):
+        if jax.process_index() == 0:
+            datasets.build_tokenizer(config.data, workdir)
     tokenizer = datasets.build_tokenizer(config.data, workdir)
     if "text" in config.model and tokenizer.vocab_size > config.model.text.vocab_size:
         raise ConfigError(

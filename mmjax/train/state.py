@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -120,3 +121,20 @@ def initialise(
         out_shardings=missing,
     )()
     return {path: loaded[path] if path in loaded else fresh[path] for path in placed}
+
+
+def fingerprint(params: Params) -> str:
+    """A hash of names and values, the same however the parameters are sharded."""
+
+    def checksum(x):
+        bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+        # Weighted by place, odd weights: values that swap places or signs that flip are seen.
+        weight = jnp.ones((), jnp.uint32)
+        for dim, factor in zip(range(x.ndim), (2654435761, 2246822519, 3266489917, 668265263)):
+            place = jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim)
+            weight = weight * (2 * place * jnp.uint32(factor) + 1)
+        return jnp.sum(bits * weight, dtype=jnp.uint32)
+
+    sums = jax.device_get(jax.jit(lambda params: jax.tree.map(checksum, params))(params))
+    text = "".join(f"{path} {params[path].shape} {int(sums[path])}\n" for path in sorted(sums))
+    return hashlib.sha256(text.encode()).hexdigest()

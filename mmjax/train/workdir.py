@@ -9,9 +9,11 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,15 @@ from ml_collections import ConfigDict
 from mmjax import config as configs
 
 # These say how a run is executed, not what it computes: they may change between resumptions.
-EXECUTION_KEYS = ("mesh", "data.workers", "data.threads", "data.prefetch")
+EXECUTION_KEYS = (
+    "mesh",
+    "data.workers",
+    "data.threads",
+    "data.prefetch",
+    "data.max_bad_share",
+    "checkpoint",
+    "train.wandb",
+)
 
 
 class WorkdirError(RuntimeError):
@@ -38,48 +48,66 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def claim(workdir: Path, config: ConfigDict) -> contextlib.AbstractContextManager:
-    """Make the directory this run's own, or recognise it.
+@contextlib.contextmanager
+def claim(workdir: Path, config: ConfigDict) -> Iterator[None]:
+    """Make the directory this run's own, or recognise it; no second run may use it meanwhile.
+
+    Only the first process does something.
 
     Args:
       workdir: created if missing.
       config: the whole config.
 
-    Returns:
-      A context to hold while running: no second run may use the directory meanwhile.
-
     Raises:
-      WorkdirError: if the directory belongs to another config (the difference is shown), is in use,
-        or holds something else than a run.
+      WorkdirError: if the directory belongs to another config (the difference is shown), is in use, or
+        holds something else than a run.
     """
-    stored = workdir / "config.json"
-    text = configs.to_json(config)
     if jax.process_index() != 0:
-        return contextlib.nullcontext()
-    if stored.exists():
-        lines = configs.difference(stored.read_text("utf-8"), text, EXECUTION_KEYS)
-        if lines:
+        yield
+        return
+    stored = workdir / "config.json"
+    if workdir.exists() and not workdir.is_dir():
+        raise WorkdirError(f"{workdir} is a file. Use a new or empty --workdir.")
+    if workdir.exists() and not stored.exists():
+        if any(path.name != ".lock" for path in workdir.iterdir()):
+            raise WorkdirError(
+                f"{workdir} is not empty and holds no run. Use a new or empty --workdir."
+            )
+    workdir.mkdir(parents=True, exist_ok=True)
+    with open(workdir / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise WorkdirError(
+                f"Another process is running in {workdir}. Wait for it, or use another --workdir."
+            ) from None
+        text = configs.to_json(config)
+        lines = changes(workdir, config, EXECUTION_KEYS)
+        if lines and _has_begun(workdir):
             raise WorkdirError(
                 f"{workdir} holds a run with another config:\n"
                 + "\n".join(lines)
                 + "\nUse another --workdir, or the old config to resume that run."
             )
-    elif workdir.exists() and any(p.name != ".lock" for p in workdir.iterdir()):
-        raise WorkdirError(
-            f"{workdir} is not empty and holds no run. Use a new or empty --workdir."
-        )
-    workdir.mkdir(parents=True, exist_ok=True)
-    lock = open(workdir / ".lock", "w")  # noqa: SIM115 -- held open as long as the run lasts
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        raise WorkdirError(
-            f"Another process is running in {workdir}. Wait for it, or use another --workdir."
-        ) from None
+        if lines or not stored.exists():
+            # A run that never took a step, say because its data was misspelt, holds nothing.
+            shutil.rmtree(workdir / "tokenizer", ignore_errors=True)
+            write_atomically(stored, text)
+        yield
+
+
+def changes(workdir: Path, config: ConfigDict, ignore: Sequence[str] = ()) -> list[str]:
+    """Lines that say how a config differs from the one the directory was made with."""
+    stored = workdir / "config.json"
     if not stored.exists():
-        write_atomically(stored, text)
-    return lock
+        return []
+    return configs.difference(stored.read_text("utf-8"), configs.to_json(config), ignore)
+
+
+def _has_begun(workdir: Path) -> bool:
+    metrics = workdir / "metrics.jsonl"
+    saved = any((workdir / "checkpoints").glob("[0-9]*"))
+    return saved or (metrics.exists() and metrics.stat().st_size > 0)
 
 
 def manifest(config: ConfigDict, **facts: Any) -> dict[str, Any]:

@@ -104,3 +104,10 @@ def steps(experiment, count: int, fields=None):
         state, metrics = compiled(state, arrays)
         losses.append(float(metrics["loss"]))
     return state, losses
+
+
+def only(params):
+    """A training state with nothing but parameters."""
+    from mmjax.train.state import TrainState
+
+    return TrainState(step={}, rng={}, trainable=params, frozen={}, opt_state={}, ema={})
