@@ -10,7 +10,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,10 +155,6 @@ def make_evaluators(experiment: Experiment, tokenizer: Any, workdir: Path) -> di
         if not isinstance(every, int) or every < 1:
             raise ConfigError(f"{where}.every must be a number of steps, not {every!r}.")
         result[key] = Scheduled(make_evaluator(fields, context, where), every)
-        # A column misspelt here should not end a run at its first evaluation, hours later.
-        for value in fields.values():
-            if isinstance(value, Mapping) and "sources" in value:
-                datasets.open_eval(value, tokenizer, batch_size=1)
     best = experiment.checkpoint.best
     prefixes = [f"eval/{key}/" for key in result]
     if best is not None and not best.startswith(tuple(prefixes)):

@@ -81,7 +81,7 @@ def muon(
     def dimensions(updates: Params) -> dict[str, Any]:
         return {
             path: contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
-            if isinstance(leaf, jax.Array)
+            if not isinstance(leaf, optax.MaskedNode)
             else leaf
             for path, leaf in updates.items()
         }
