@@ -83,7 +83,7 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
         code = 130
         _leave_alone(code)
     except Exception as error:
-        # JAX's own errors are RuntimeErrors too; only ours are meant to be read without a traceback.
+        # JAX's errors are RuntimeErrors too; only ours are meant to be read without a traceback.
         ours = isinstance(error, ValueError | OSError | RuntimeError | ImportError) and type(
             error
         ).__module__.startswith(("mmjax", "builtins"))

@@ -208,8 +208,8 @@ class _Explained:
         if isinstance(error, Exception) and not isinstance(error, CheckpointError):
             raise CheckpointError(
                 f"A checkpoint could not be written to {self.directory}: {_first_line(error)}\n"
-                "Earlier checkpoints are unharmed. Free space or mend the file system, then run the "
-                "same command again: it resumes from the last whole checkpoint."
+                "Earlier checkpoints are unharmed. Free space or mend the file system, then run "
+                "the same command again: it resumes from the last whole checkpoint."
             ) from error
 
 
@@ -218,8 +218,8 @@ def _as_dict(state: TrainState) -> dict[str, Any]:
 
 
 def _array_handler() -> ocp.PyTreeCheckpointHandler:
-    """As Orbax's default, but small arrays are not cut into slices, one for each device that holds a
-    copy: each cut is a compilation, hundreds of them at the first checkpoint."""
+    """As Orbax's default, but small arrays are not cut into slices, one for each device that holds
+    a copy: each cut is a compilation, hundreds of them at the first checkpoint."""
     arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
@@ -253,8 +253,8 @@ def restore_params(directory: Path, targets: Params) -> tuple[int, Params]:
     steps = ocp.utils.checkpoint_steps(directory) if directory.is_dir() else []
     if not steps:
         raise CheckpointError(
-            f"There is no checkpoint in {directory}. Train that run first, or give the work directory "
-            "of one that is trained."
+            f"There is no checkpoint in {directory}. Train that run first, or give the work "
+            "directory of one that is trained."
         )
     step = max(steps)
     item = directory / str(step) / "state"

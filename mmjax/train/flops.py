@@ -38,24 +38,24 @@ def matmul_flops(function: Callable, *arguments) -> float:
     return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
-def _count(jaxpr: core.Jaxpr) -> float:
+def _count(jaxpr: core.Jaxpr, causal: bool = False) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
         name = equation.primitive.name
+        # Functions with derivatives of their own do not inherit the scope they are called in.
+        half = causal or CAUSAL_SCOPE in str(equation.source_info.name_stack)
         if name == "dot_general":
-            flops = _dot_flops(equation)
-            if CAUSAL_SCOPE in str(equation.source_info.name_stack):
-                flops /= 2
-            total += flops
+            total += _dot_flops(equation) / (2 if half else 1)
         elif name == "conv_general_dilated":
             kernel = equation.invars[1].aval.shape
             out_features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
             total += 2 * equation.outvars[0].aval.size * math.prod(kernel) / out_features
         elif name == "cond":
-            total += max(_count(branch.jaxpr) for branch in equation.params["branches"])
+            total += max(_count(branch.jaxpr, half) for branch in equation.params["branches"])
         else:
             repeats = equation.params["length"] if name == "scan" else 1
-            total += repeats * sum(map(_count, core.jaxprs_in_params(equation.params)))
+            inner = core.jaxprs_in_params(equation.params)
+            total += repeats * sum(_count(jaxpr, half) for jaxpr in inner)
     return total
 
 

@@ -43,8 +43,8 @@ class MetricsWriter:
                 import wandb
             except ImportError:
                 raise ValueError(
-                    "config.train.wandb is set, but wandb is not installed: pip install -e .[wandb], "
-                    "or set it to None."
+                    "config.train.wandb is set, but wandb is not installed: "
+                    "pip install -e .[wandb], or set it to None."
                 ) from None
             # The directory's name identifies the run, so that resuming continues it.
             self._wandb = wandb.init(

@@ -74,9 +74,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         return _train(experiment, workdir, stack)
 
 
-def _train(
-    experiment: Experiment, workdir: Path, stack: contextlib.ExitStack
-) -> dict[str, float]:
+def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -> dict[str, float]:
     config = experiment.config
     tokenizer = build_tokenizer(config, workdir)
     with together("opening the training data"):
@@ -346,11 +344,11 @@ class _Clock:
 
 
 class _StopOnSignal:
-    """SIGTERM or Ctrl-C ask the run to save and stop after the step at hand; a second Ctrl-C is obeyed
-    at once.
+    """SIGTERM or Ctrl-C ask the run to save and stop after the step at hand; a second Ctrl-C is
+    obeyed at once.
 
-    With several processes all must stop after the same step: JAX's preemption service, which listens
-    to SIGTERM, agrees on one.
+    With several processes all must stop after the same step: JAX's preemption service, which
+    listens to SIGTERM, agrees on one.
     """
 
     def __init__(self):

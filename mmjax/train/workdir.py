@@ -59,8 +59,8 @@ def claim(workdir: Path, config: ConfigDict) -> Iterator[None]:
       config: the whole config.
 
     Raises:
-      WorkdirError: if the directory belongs to another config (the difference is shown), is in use, or
-        holds something else than a run.
+      WorkdirError: if the directory belongs to another config (the difference is shown), is in use,
+        or holds something else than a run.
     """
     if jax.process_index() != 0:
         yield
@@ -68,11 +68,11 @@ def claim(workdir: Path, config: ConfigDict) -> Iterator[None]:
     stored = workdir / "config.json"
     if workdir.exists() and not workdir.is_dir():
         raise WorkdirError(f"{workdir} is a file. Use a new or empty --workdir.")
-    if workdir.exists() and not stored.exists():
-        if any(path.name != ".lock" for path in workdir.iterdir()):
-            raise WorkdirError(
-                f"{workdir} is not empty and holds no run. Use a new or empty --workdir."
-            )
+    others = [path for path in workdir.glob("*") if path.name != ".lock"]
+    if others and not stored.exists():
+        raise WorkdirError(
+            f"{workdir} is not empty and holds no run. Use a new or empty --workdir."
+        )
     workdir.mkdir(parents=True, exist_ok=True)
     with open(workdir / ".lock", "w") as lock:
         try:

@@ -1,4 +1,4 @@
-"""The smallest experiments on handwritten digits: a classifier, SigLIP and CLIP (digits have names)."""
+"""The smallest experiments on handwritten digits: a classifier, SigLIP and CLIP."""
 
 from ml_collections import ConfigDict
 
@@ -13,7 +13,16 @@ TEXT = dict(vocab_size=64, max_len=4, padding="attend", **TOWER)
 def get_config(arg: str | None = None) -> ConfigDict:
     """`task`: vit, siglip or clip; `source` and `path`: other data than digits."""
     arg = parse_arg(
-        arg, task="vit", steps=60, batch=32, every=10, lr=2e-3, source="digits", path="", crop=True
+        arg,
+        task="vit",
+        steps=60,
+        batch=32,
+        every=10,
+        lr=2e-3,
+        source="digits",
+        path="",
+        crop=True,
+        evals=True,
     )
     task, model = {
         "vit": (
@@ -53,6 +62,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
             **(dict(text=dict(max_len=4)) if contrastive else {}),
         )
 
+    evaluation = dict(
+        name="loss" if contrastive else "classification", every=2 * arg.every, data=data("test")
+    )
     return base_config(
         task=task,
         model=model,
@@ -73,11 +85,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
         ),
         train=dict(steps=arg.steps, batch_size=arg.batch, log_every=1),
         checkpoint=dict(every=arg.every),
-        evals=dict(
-            test=dict(
-                name="loss" if contrastive else "classification",
-                every=2 * arg.every,
-                data=data("test"),
-            )
-        ),
+        evals=dict(test=evaluation) if arg.evals else {},
     )

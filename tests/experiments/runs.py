@@ -41,9 +41,9 @@ def start(
 ) -> subprocess.Popen:
     """A command on the tiny config, under way; its output is in `workdir`.log."""
     log = open(f"{workdir}.log", "a")  # noqa: SIM115 -- the process holds it
+    where = ("--config", f"{CONFIG}:{arg}", "--workdir", str(workdir))
     return subprocess.Popen(
-        [sys.executable, "-m", command, "--config", f"{CONFIG}:{arg}", "--workdir", str(workdir)]
-        + list(extra),
+        [sys.executable, "-m", command, *where, *extra],
         cwd=ROOT,
         env=environment(devices, cache),
         stdout=log,
@@ -120,7 +120,9 @@ def parameters(workdir: Path) -> dict:
     """Every array of the last checkpoint, read by Orbax alone."""
     import orbax.checkpoint as ocp
 
-    steps = [int(path.name) for path in (Path(workdir) / "checkpoints").iterdir() if path.name.isdigit()]
+    steps = [
+        int(path.name) for path in (Path(workdir) / "checkpoints").iterdir() if path.name.isdigit()
+    ]
     item = Path(workdir).absolute() / "checkpoints" / str(max(steps)) / "state"
     with ocp.PyTreeCheckpointer() as checkpointer:
         return checkpointer.restore(item)

@@ -1,4 +1,4 @@
-"""Whatever is wrong, the commands say so and what to do, leave with an exit code, and harm nothing."""
+"""Whatever is wrong, the commands say so and what to do, and harm nothing."""
 
 import json
 import os
@@ -101,7 +101,7 @@ def test_data(attempt, tmp_path):
     empty = tmp_path / "empty.csv"
     empty.write_text("image,label\n")
     output = attempt(f"source=table,path={empty}")
-    assert "empty.csv" in output and "no rec" in output.lower() or "empty" in output
+    assert "empty.csv" in output
 
 
 def test_a_broken_image_among_good_ones(tmp_path, cache):
@@ -172,11 +172,6 @@ def test_damaged_last_checkpoint(tmp_path, finished, cache):
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"50", "60", "corrupt-60"}
 
 
-def limit_files():
-    # Less than a checkpoint, more than everything else; the error is that of a full disk or quota.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-
-
 def test_full_disk(tmp_path, finished, cache):
     workdir = tmp_path / "run"
     process = runs.start("", workdir, cache=cache)
@@ -184,7 +179,10 @@ def test_full_disk(tmp_path, finished, cache):
     process.terminate()
     runs.finish(process)
     saved = snapshot(workdir / "checkpoints")
-    assert runs.finish(runs.start("", workdir, cache=cache, preexec_fn=limit_files)) == 1
+    process = runs.start("", workdir, cache=cache)
+    # Less than a checkpoint, more than everything else; the error is that of an exceeded quota.
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (60_000, 60_000))
+    assert runs.finish(process) == 1
     output = (tmp_path / "run.log").read_text()
     assert "could not be written" in output and "Free space" in output
     kept = snapshot(workdir / "checkpoints")
@@ -193,6 +191,7 @@ def test_full_disk(tmp_path, finished, cache):
     assert runs.rows(workdir) == runs.rows(finished)
 
 
+@pytest.mark.slow
 def test_really_full_disk(tmp_path, finished, cache):
     """The same on a small file system of its own, where this machine allows one."""
     disk = tmp_path / "disk"
@@ -223,12 +222,15 @@ def test_really_full_disk(tmp_path, finished, cache):
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_exit_code_of_the_command(tmp_path):
+def test_exit_code_of_the_command():
     """As a process of its own, seen from outside."""
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.train", "--config", "configs/vit/digist.py"]
-        + ["--workdir", str(tmp_path / "run")],
-        cwd=runs.ROOT, env=runs.environment(1, None), capture_output=True, text=True,
-    )  # fmt: skip
+        f"{sys.executable} -m experiments.train --config configs/vit/digist.py --workdir run",
+        cwd=runs.ROOT,
+        env=runs.environment(1, None),
+        capture_output=True,
+        text=True,
+        shell=True,
+    )
     assert done.returncode == 1 and "did you mean 'configs/vit/digits.py'" in done.stderr
-    assert not (tmp_path / "run").exists()
+    assert not (runs.ROOT / "run").exists()

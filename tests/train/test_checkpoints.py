@@ -87,7 +87,9 @@ def test_fingerprint_sees_every_change(experiments):
 def three(tmp_path):
     """A directory with the checkpoints of steps 1, 2, 3, and what to restore them to."""
     state = {"x": jax.numpy.arange(1000.0), "y": jax.numpy.ones(3)}
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
     folder = tmp_path / "checkpoints"
     with Checkpoints(folder, CheckpointConfig(every=1, keep=3)) as saved:
         for step in (1, 2, 3):
@@ -144,9 +146,9 @@ def test_nothing_readable(three):
     for step in "123":
         truncate_data(folder / step)
     before = sorted(path.name for path in folder.iterdir())
-    with pytest.raises(CheckpointError, match="None of the checkpoints.*\n.*step 3(.*\n)*.*--workdir"):
-        with Checkpoints(folder, CheckpointConfig(every=1)) as saved:
-            saved.restore(target)
+    saved = Checkpoints(folder, CheckpointConfig(every=1))
+    with pytest.raises(CheckpointError, match=r"(?s)None of the .*step 3.*step 1.*--workdir"):
+        saved.restore(target)
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
@@ -170,11 +172,14 @@ def test_config(fields):
 
 def test_restore_params_names_what_is_wrong(three):
     folder, _ = three
-    wrong = {"x": jax.ShapeDtypeStruct((7,), np.float32), "z": jax.ShapeDtypeStruct((3,), np.float32)}
+    wrong = {
+        "x": jax.ShapeDtypeStruct((7,), np.float32),
+        "z": jax.ShapeDtypeStruct((3,), np.float32),
+    }
     with pytest.raises(CheckpointError) as error:
         restore_params(folder, wrong)
     message = str(error.value)
     assert "'z' is not there" in message and "(1000,) there, (7,) here" in message
-    with pytest.raises(CheckpointError, match="no checkpoint in .*Train that run first"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .*Train that run first"):
         restore_params(folder.parent / "nowhere", wrong)
     assert json.dumps(sorted(path.name for path in folder.iterdir())) == '["1", "2", "3"]'

@@ -32,11 +32,12 @@ def test_products_loops_and_convolutions():
     assert flops == 2 * (2 * 8 * 8 * 5) * (3 * 3 * 3)
 
 
-def test_causal_attention_counts_half_also_backwards():
+@pytest.mark.parametrize("kernel", ["xla", "cpu"])
+def test_causal_attention_counts_half_also_backwards(kernel):
     q = jnp.ones((1, 6, 2, 4))
 
     def loss(q, mask):
-        return jnp.sum(attend(q, q, q, mask, kernel="xla"))
+        return jnp.sum(attend(q, q, q, mask, kernel=kernel))
 
     causal = masks.causal(6)
     for function in (loss, jax.grad(loss)):

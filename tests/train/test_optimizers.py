@@ -29,7 +29,9 @@ def optimizer(params, name="adamw", lr=0.1, schedule=None, rates=ALL, decays=ALL
 
 def some(seed=0, **shapes):
     random = np.random.default_rng(seed)
-    return {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    return {
+        name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()
+    }
 
 
 @pytest.mark.torch
@@ -92,10 +94,14 @@ def test_lion_by_its_formula():
 
 
 def test_muon_of_a_stack_is_muon_of_each_layer():
-    start = some(**{"layers/up/kernel": (3, 8, 16), "head/kernel": (8, 4), "layers/up/bias": (3, 16)})
+    start = some(
+        **{"layers/up/kernel": (3, 8, 16), "head/kernel": (8, 4), "layers/up/bias": (3, 16)}
+    )
     tx, _ = optimizer(start, "muon", lr=1.0, clip_norm=None)
     single = contrib.scale_by_muon(
-        weight_dimension_numbers={"k": contrib.MuonDimensionNumbers(reduction_axis=0, output_axis=1)}
+        weight_dimension_numbers={
+            "k": contrib.MuonDimensionNumbers(reduction_axis=0, output_axis=1)
+        }
     )
     state = tx.init(start)
     states = [single.init({"k": start["layers/up/kernel"][layer]}) for layer in range(3)]
@@ -157,7 +163,9 @@ def test_schedules_at_known_points():
 
     np.testing.assert_allclose(at(100, 0, 5, 10, 99, name="constant", warmup=10), [0, 0.5, 1, 1])
     np.testing.assert_allclose(
-        at(110, 0, 5, 10, 60, 110, name="cosine", warmup=10, end=0.2), [0, 0.5, 1, 0.6, 0.2], rtol=1e-6
+        at(110, 0, 5, 10, 60, 110, name="cosine", warmup=10, end=0.2),
+        [0, 0.5, 1, 0.6, 0.2],
+        rtol=1e-6,
     )
     np.testing.assert_allclose(
         at(110, 0, 10, 35, 60, 110, name="linear", warmup=10), [0, 1, 0.75, 0.5, 0], atol=1e-6

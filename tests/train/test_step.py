@@ -58,11 +58,9 @@ def test_accumulation_of_a_real_model_on_a_mesh():
 def test_moving_average():
     averages = None
     for steps in range(4):
-        first, last, _ = toy.train(toy.Weighted(), optax.sgd(0.1), steps=steps, ema=0.75)
+        _, last, _ = toy.train(toy.Weighted(), optax.sgd(0.1), steps=steps, ema=0.75)
         now = jax.device_get(last.trainable)
-        averages = (
-            now if averages is None else {k: 0.75 * averages[k] + 0.25 * now[k] for k in now}
-        )
+        averages = now if averages is None else {k: 0.75 * averages[k] + 0.25 * now[k] for k in now}
     close(last.ema, averages, 1e-6)
     assert not np.allclose(last.ema["image/kernel"], last.trainable["image/kernel"])
     np.testing.assert_array_equal(last.eval_params["image/kernel"], last.ema["image/kernel"])
@@ -96,7 +94,9 @@ def test_frozen_tower_is_untouched():
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(state.opt_state)]
     assert any("text/" in name for name in names) and not any("image/" in name for name in names)
     assert not np.allclose(
-        state.trainable["text_projection/kernel"], before.trainable["text_projection/kernel"], atol=1e-6
+        state.trainable["text_projection/kernel"],
+        before.trainable["text_projection/kernel"],
+        atol=1e-6,
     )
 
 
@@ -125,7 +125,7 @@ def test_frozen_tower_costs_its_forward_pass_only():
         )
     batch, width = 16, 32
     logits = 2 * batch**2 * width
-    # Images need no gradient in any case: the patch embedding's backward pass is one product, not two.
+    # Images need no gradient in any case: one product in the patch embedding's backward pass.
     patches = 2 * batch * (16 // 8) ** 2 * (8 * 8 * 3) * width
     assert flops[None] == 3 * (image + text + logits) - patches
     assert flops[None] - flops["image"] == 2 * image - patches + logits

@@ -1,0 +1,144 @@
+"""One run seen from inside: how often it compiles, and what it does when the loss is not finite."""
+
+import collections
+import json
+import logging
+import re
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
+import digits_config
+
+from mmjax import data as datasets
+from mmjax.train import loop
+
+POISONED = 8
+
+
+class Poisoned:
+    """A loader whose batch number POISONED holds an infinity."""
+
+    def __init__(self, loader):
+        self._loader = loader
+
+    def __getattr__(self, name):
+        return getattr(self._loader, name)
+
+    def __next__(self):
+        batch = next(self._loader)
+        if self._loader.get_state()["position"] == POISONED * 32:
+            batch.arrays["image"][3] = np.inf
+        return batch
+
+
+def guarded(compile_step, refused):
+    """`_Clock.compiled` whose step first tries to bring a host array to the device."""
+
+    def compiled(clock, experiment, arrays):
+        step = compile_step(clock, experiment, arrays)
+
+        def attempt_and_step(state, arrays):
+            try:
+                jnp.negative(np.ones(3))
+            except Exception as error:
+                assert "Disallowed host-to-device transfer" in str(error)
+                refused.append("transfers refused")
+            return step(state, arrays)
+
+        return attempt_and_step
+
+    return compiled
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """(work directory, the first run's error, names compiled by it, and by the second).
+
+    The first meets an infinity at step 8; the second goes on with the data mended.
+    """
+    workdir = tmp_path_factory.mktemp("loop") / "run"
+    config = digits_config.get_config("steps=12,every=3")
+    compiled = []
+
+    class Listener(logging.Handler):
+        def emit(self, record):
+            found = re.match(r"Finished XLA compilation of (\S+)", record.getMessage())
+            if found:
+                compiled.append(found[1])
+
+    listener, logger = Listener(), logging.getLogger("jax._src.dispatch")
+    logger.addHandler(listener)
+    open_train = datasets.open_train
+    try:
+        with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                datasets,
+                "open_train",
+                lambda *args, **options: Poisoned(open_train(*args, **options)),
+            )
+            with pytest.raises(loop.TrainingError) as error:
+                loop.train(config, workdir)
+            first = collections.Counter(compiled)
+            kept = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+            patch.undo()
+            compiled.clear()
+            patch.setattr(loop._Clock, "compiled", guarded(loop._Clock.compiled, compiled))
+            loop.train(config, workdir)
+    finally:
+        logger.removeHandler(listener)
+    return workdir, error.value, kept, first, collections.Counter(compiled)
+
+
+def test_compiles_once(runs):
+    """Over evaluations and checkpoints, in a fresh run and in a resumed one."""
+    *_, first, second = runs
+    for compiled in (first, second):
+        assert compiled["jit(step)"] == 1
+        assert compiled["jit(run)"] == 1  # the evaluator's
+
+
+def test_infinite_loss_stops_the_run(runs):
+    workdir, error, kept, *_ = runs
+    assert kept == [3, 6]
+    report = json.loads((workdir / f"nonfinite-step-{POISONED}-process-0.json").read_text())
+    assert report["step"] == POISONED and len(report["ids"]) == 32
+    assert report["loss"] in ("nan", "inf")
+    for part in (f"step {POISONED}", "nonfinite-step", "another --workdir"):
+        assert part in str(error)
+
+
+def test_goes_on_from_the_last_good_checkpoint(runs):
+    workdir = runs[0]
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 13))
+    assert all(np.isfinite(row.get("train/loss", 0.0)) for row in rows)
+    starts = json.loads((workdir / "manifest.json").read_text())
+    assert [start["resumed_from"] for start in starts] == [0, 6]
+
+
+def test_a_gradient_may_be_infinite_where_the_loss_is_not(tmp_path):
+    class Saved:
+        def wait(self):
+            self.waited = True
+
+    run = object.__new__(loop._Run)
+    run.workdir, run.saved = tmp_path, Saved()
+    run._check_finite(3, {"loss": jnp.float32(1), "grad_norm": jnp.float32(2)}, ["a"])
+    with pytest.raises(loop.TrainingError, match="grad_norm of step 4 is nan"):
+        run._check_finite(4, {"loss": jnp.float32(1), "grad_norm": jnp.float32("nan")}, ["a", "b"])
+    assert run.saved.waited
+    assert json.loads((tmp_path / "nonfinite-step-4-process-0.json").read_text())["ids"] == [
+        "a",
+        "b",
+    ]
+
+
+def test_the_step_moves_nothing_by_itself(runs):
+    """The transfer guard is on around each step: host arrays do not slip to the device unseen."""
+    assert runs[-1]["transfers refused"] == 12 - 6
