@@ -57,7 +57,9 @@ def attend(
 
 
 def pick_kernel(query: Array, key: Array, mask: Mask | None) -> str:
-    """The name of flash attention, "cudnn", where that handles the arguments, else "xla"."""
+    """Flash attention ("cudnn") where that handles the arguments, "cpu" on CPUs, else "xla"."""
+    if backend.platform() == "cpu":
+        return "cpu"
     # With a bias, which is how a general mask reaches it, cuDNN trains even lengths only.
     lengths = mask is None or mask.triangle or query.shape[1] % 2 == key.shape[1] % 2 == 0
     fits = query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
@@ -81,6 +83,69 @@ def _xla(query: Array, key: Array, value: Array, mask: Mask | None, scale: float
             weights = jnp.where(allowed, weights, 0.0)
     out = jnp.einsum("bhgqk,bkhd->bqhgd", weights.astype(value.dtype), value)
     return out.reshape(batch, length, heads, width)
+
+
+@KERNELS.register("cpu")
+def _cpu(query: Array, key: Array, value: Array, mask: Mask | None, scale: float) -> Array:
+    batch, length, heads, width = query.shape
+    kv_heads = key.shape[2]
+
+    def rows(x: Array) -> Array:
+        """[B, N, H, d] -> [B, K, G * N, d]: heads that share keys are further rows of queries."""
+        x = x.reshape(batch, x.shape[1], kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
+        return x.reshape(batch, kv_heads, -1, width)
+
+    allowed = None
+    if mask is not None:
+        allowed = jnp.tile(mask.dense(), (1, heads // kv_heads, 1))[:, None]
+    out = _head_by_head(rows(query) * scale, rows(key), rows(value), allowed)
+    out = out.reshape(batch, kv_heads, heads // kv_heads, length, width)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
+
+
+# XLA's CPU backend multiplies matrices fast only where they stand one after the other, and what it
+# makes of the derivative of a softmax reads [N, N] arrays several times. With heads first and the
+# derivative written out, attention of a ViT-S/16 trains more than twice as fast.
+@jax.custom_vjp
+def _head_by_head(query: Array, key: Array, value: Array, allowed: Array | None) -> Array:
+    """softmax(query @ key^T) @ value for operands [B, H, N, d] and a mask [B, 1, N, K]."""
+    return _head_by_head_forward(query, key, value, allowed)[0]
+
+
+def _head_by_head_forward(query: Array, key: Array, value: Array, allowed: Array | None):
+    logits = _matmul(query, key, (3, 3))
+    if allowed is not None:
+        logits = jnp.where(allowed, logits, jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    if allowed is not None:
+        weights = jnp.where(allowed, weights, 0.0)
+    # A row with nothing to attend to has weights of 0 over a sum of 0.
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights / (total if allowed is None else jnp.where(total == 0, 1.0, total))
+    out = _matmul(weights.astype(value.dtype), value, (3, 2)).astype(value.dtype)
+    return out, (query, key, value, weights, out)
+
+
+def _head_by_head_backward(saved: tuple[Array, ...], gradient: Array):
+    query, key, value, weights, out = saved
+    d_value = _matmul(weights.astype(gradient.dtype), gradient, (2, 2))
+    d_weights = _matmul(gradient, value, (3, 3))
+    # Each row of softmax's derivative needs sum(weights * d_weights), which is sum(out * gradient).
+    inner = jnp.sum(gradient.astype(jnp.float32) * out, axis=-1, keepdims=True)
+    d_logits = (weights * (d_weights - inner)).astype(query.dtype)
+    d_query = _matmul(d_logits, key, (3, 2))
+    d_key = _matmul(d_logits, query, (2, 2))
+    gradients = (d_query, d_key, d_value)
+    return *(d.astype(x.dtype) for d, x in zip(gradients, (query, key, value), strict=True)), None
+
+
+def _matmul(a: Array, b: Array, contract: tuple[int, int]) -> Array:
+    """Contracts one of the last two dimensions of [B, H, ., .] operands; float32 results."""
+    dims = (((contract[0],), (contract[1],)), ((0, 1), (0, 1)))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+
+
+_head_by_head.defvjp(_head_by_head_forward, _head_by_head_backward)
 
 
 @KERNELS.register("cudnn")

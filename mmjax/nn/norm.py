@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -22,9 +24,7 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-        y = x.astype(jnp.float32)
-        y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        y = _standardise(x.astype(jnp.float32), self.eps)
         return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
@@ -40,3 +40,25 @@ class RMSNorm(nnx.Module):
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
         return (y * self.scale[...]).astype(x.dtype)
+
+
+# The backward pass keeps the result and one number per row; left to itself, differentiation keeps
+# the input and each step of the formula as well.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _standardise(x: Float[Array, "*batch d"], eps: float) -> Float[Array, "*batch d"]:
+    """Zero mean and unit variance over the last dimension."""
+    return _standardise_with_factor(x, eps)[0]
+
+
+def _standardise_with_factor(x: Array, eps: float) -> tuple[Array, Array]:
+    centred = x - jnp.mean(x, axis=-1, keepdims=True)
+    factor = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
+    return centred * factor, factor
+
+
+@_standardise.defjvp
+def _standardise_jvp(eps: float, primals: tuple[Array], tangents: tuple[Array]):
+    y, factor = _standardise_with_factor(*primals, eps)
+    (t,) = tangents
+    along = jnp.mean(y * t, axis=-1, keepdims=True)
+    return y, factor * (t - jnp.mean(t, axis=-1, keepdims=True) - y * along)

@@ -1,9 +1,9 @@
 """Sharding hints for activations, by logical names.
 
-Layers name the dimensions of what they compute ("batch", "tokens", "embed", "heads", "mlp"); they know
-no mesh. Whoever compiles a model on a mesh opens `activation_sharding` around the tracing and says
-how each name maps to mesh axes. Outside of it `constrain` returns its input, so that a model runs
-in a notebook as it is.
+Layers name the dimensions of what they compute ("batch", "tokens", "embed", "heads", "mlp"); they
+know no mesh. Whoever compiles a model on a mesh opens `activation_sharding` around the tracing and
+says how each name maps to mesh axes. Outside of it `constrain` returns its input, so that a model
+runs in a notebook as it is.
 """
 
 from __future__ import annotations
