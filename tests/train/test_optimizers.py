@@ -191,7 +191,7 @@ def test_rsqrt_is_that_of_big_vision():
         (dict(options=dict(beta3=1)), "beta3"),
         (dict(schedule=dict(name="cosin")), "did you mean 'cosine'"),
         (dict(schedule=dict(name="cosine", warmup=11)), "warmup=11 does not fit"),
-        (dict(schedule=dict(name="rsqrt")), "schedule: missing a required argument: 'warmup'"),
+        (dict(schedule=dict(name="rsqrt")), "schedule: missing a required .*'warmup'"),
         (dict(rates=(("nothing", 1.0),)), "matches no parameter"),
     ],
 )
