@@ -28,6 +28,8 @@ _KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 # it.
 _COLLECTIVE = re.compile(rf"= (?P<shapes>[^=]*?) (?P<kind>{_KINDS})(-start)?\(")
 _SHAPE = re.compile(r"(?P<dtype>[a-z]+[0-9]*)\[(?P<dims>[0-9,]*)\]")
+_COMPUTATION = re.compile(r"%(?P<name>[\w.-]+) \(.*\) -> (?P<result>.*) \{$")
+_CALLS = re.compile(r"calls=%([\w.-]+)")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _OP_NAME = re.compile(r'op_name="(?P<name>[^"]*)"')
 
@@ -51,26 +53,41 @@ class Collective:
 
 def collectives(text: str) -> list[Collective]:
     """The collectives of a compiled program (`compiled.as_text()`)."""
-    found, channels = [], set()
-    for line in text.splitlines():
+    lines = re.sub(r"/\*.*?\*/", "", text).splitlines()
+    callers = {}
+    for line in lines:
+        called, name = _CALLS.search(line), _OP_NAME.search(line)
+        if called and name:
+            callers[called[1]] = name["name"]
+    found, channels, computation = [], set(), None
+    for line in lines:
+        computation = _COMPUTATION.match(line) or computation
         match = _COLLECTIVE.search(line)
         if match is None:
             continue
-        # One that runs beside computation is written once for each part of that computation.
+        kind, shapes, name = match["kind"], match["shapes"], _OP_NAME.search(line)
+        # One that runs beside computation is written once for each part of that computation, under
+        # its channel. Those that the compiler combined have no name, and share channels.
         channel = _CHANNEL.search(line)
-        if channel is not None:
+        if channel and name:
             if channel[1] in channels:
                 continue
             channels.add(channel[1])
-        size = sum(
-            _BYTES.get(shape["dtype"], 4)
-            * math.prod(map(int, filter(None, shape["dims"].split(","))))
-            for shape in _SHAPE.finditer(match["shapes"])
-        )
-        name = _OP_NAME.search(line)
-        source = name["name"] if name else "(made by the compiler)"
-        found.append(Collective(match["kind"], size / 2**20, source, "/while/body" in source))
+        source = name["name"] if name else callers.get(computation and computation["name"])
+        if computation and computation["name"].startswith("all-reduce-scatter"):
+            # A TPU's reduce-scatter: an all-reduce of which each device keeps its part.
+            kind, shapes = "reduce-scatter", computation["result"]
+        source = source or "(made by the compiler)"
+        found.append(Collective(kind, _mebibytes(shapes), source, "/while/body" in source))
     return found
+
+
+def _mebibytes(shapes: str) -> float:
+    size = 0
+    for shape in _SHAPE.finditer(shapes):
+        dims = filter(None, shape["dims"].split(","))
+        size += _BYTES.get(shape["dtype"], 4) * math.prod(map(int, dims))
+    return size / 2**20
 
 
 def main(argv: Sequence[str] | None) -> int:
@@ -125,7 +142,15 @@ def main(argv: Sequence[str] | None) -> int:
     )
     print(f"  {'together':44}{peak / 2**20:12.1f} MiB")
     print(f"  {'matmul FLOPs of a step':44}{flops / len(devices) / 1e12:12.3f} TFLOP")
-    _print_collectives(collectives(compiled.as_text()), args.all)
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        raise ConfigError(
+            "The step compiles, but this jaxlib cannot print the program of this libtpu "
+            f"({str(error).splitlines()[0][:200]}). Install the version that belongs to it: "
+            "pip install -e .[tpu]"
+        ) from None
+    _print_collectives(collectives(text), args.all)
     return 0
 
 
