@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 setup(
     name="mmjax",
     version="0.1.0",
-    description="Multimodal models in JAX: sharded training, connector studies, Hugging Face weights.",
+    description="Multimodal models in JAX: training sharded over GPUs and TPUs, from configs.",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -344,7 +344,7 @@ def _peak_flops(device: str, kind: str, dtype: str) -> float:
     x = jnp.ones((2048, 2048), dtype)
     product = jax.jit(lambda x: x @ x)
     product(x).block_until_ready()
-    best = min(_timed(lambda: product(x).block_until_ready()) for _ in range(5))
+    best = min(_timed(lambda: product(x).block_until_ready()) for _ in range(20))
     return 2 * 2048**3 / best
 
 

@@ -5,7 +5,6 @@ python -m experiments.train --config configs/siglip/openmoji.py --workdir runs/d
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 
@@ -18,11 +17,11 @@ def main(argv: Sequence[str] | None) -> int:
     from mmjax.train.loop import Preempted, train
 
     try:
-        metrics = train(config, args.workdir)
+        train(config, args.workdir)
     except Preempted as stopped:
         print(f"{stopped} Run the same command again to go on.", file=sys.stderr)
         return 128 + stopped.number
-    print(json.dumps(metrics, indent=2))
+    print(f"Done: {args.workdir} holds metrics.jsonl, pictures and checkpoints.")
     return 0
 
 
