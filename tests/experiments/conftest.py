@@ -1,7 +1,7 @@
 """One finished run and one cache of compiled programs for all tests of the commands."""
 
+import launch
 import pytest
-import runs
 
 STEPS = 60
 
@@ -15,5 +15,5 @@ def cache(tmp_path_factory):
 def finished(tmp_path_factory, cache):
     """The work directory of a run that nothing interrupted; not to be changed."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    runs.train("", workdir, cache=cache)
+    launch.train("", workdir, cache=cache)
     return workdir

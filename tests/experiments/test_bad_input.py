@@ -7,9 +7,9 @@ import shutil
 import subprocess
 import sys
 
+import launch
 import numpy as np
 import pytest
-import runs
 from PIL import Image
 
 from experiments import common, evaluate, train
@@ -109,7 +109,7 @@ def test_a_broken_image_among_good_ones(tmp_path, cache):
     table = write_digits(tmp_path, 300, broken=[7])
     workdir = tmp_path / "run"
     arg = f"source=table,path={table},steps=10,every=5"
-    output = runs.train(arg, workdir, cache=cache)
+    output = launch.train(arg, workdir, cache=cache)
     assert "Skipped" in output and "7.png" in output
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert rows[-2]["step"] == 10 and sum(row.get("perf/skipped_records", 0) for row in rows) > 0
@@ -119,7 +119,7 @@ def test_too_many_broken_images(tmp_path, cache):
     table = write_digits(tmp_path, 100, broken=range(10, 30))
     workdir = tmp_path / "run"
     arg = f"source=table,path={table},steps=10,every=5"
-    output = runs.train(arg, workdir, cache=cache, expect=1)
+    output = launch.train(arg, workdir, cache=cache, expect=1)
     assert "max_bad_share" in output and ".png" in output and "Traceback" not in output
 
 
@@ -151,8 +151,8 @@ def test_a_directory_that_is_no_run(attempt, tmp_path):
 
 def test_a_second_process(attempt, tmp_path, cache):
     workdir = tmp_path / "run"
-    process = runs.start("steps=5000,every=5000", workdir, cache=cache)
-    assert runs.wait_for(lambda: runs.last_step(workdir) >= 2, [process])
+    process = launch.start("steps=5000,every=5000", workdir, cache=cache)
+    assert launch.wait_for(lambda: launch.last_step(workdir) >= 2, [process])
     output = attempt("steps=5000,every=5000", workdir=workdir)
     assert "Another process is running" in output
     assert process.poll() is None
@@ -166,29 +166,29 @@ def test_damaged_last_checkpoint(tmp_path, finished, cache):
     shutil.copytree(finished, workdir)
     for file in (workdir / "checkpoints" / "60" / "state").glob("**/d/*"):
         file.write_bytes(file.read_bytes()[:-100])
-    output = runs.train("", workdir, cache=cache)
+    output = launch.train("", workdir, cache=cache)
     assert "step 60 was moved" in output and "Resuming from step 50" in output
-    assert runs.rows(workdir) == runs.rows(finished)
+    assert launch.rows(workdir) == launch.rows(finished)
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"50", "60", "corrupt-60"}
 
 
 def test_full_disk(tmp_path, finished, cache):
     workdir = tmp_path / "run"
-    process = runs.start("", workdir, cache=cache)
-    assert runs.wait_for(lambda: runs.last_step(workdir) >= 12, [process])
+    process = launch.start("", workdir, cache=cache)
+    assert launch.wait_for(lambda: launch.last_step(workdir) >= 12, [process])
     process.terminate()
-    runs.finish(process)
+    launch.finish(process)
     saved = snapshot(workdir / "checkpoints")
-    process = runs.start("", workdir, cache=cache)
+    process = launch.start("", workdir, cache=cache)
     # Less than a checkpoint, more than everything else; the error is that of an exceeded quota.
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (60_000, 60_000))
-    assert runs.finish(process) == 1
+    assert launch.finish(process) == 1
     output = (tmp_path / "run.log").read_text()
     assert "could not be written" in output and "Free space" in output
     kept = snapshot(workdir / "checkpoints")
     assert all(kept[name] == content for name, content in saved.items())
-    runs.train("", workdir, cache=cache)
-    assert runs.rows(workdir) == runs.rows(finished)
+    launch.train("", workdir, cache=cache)
+    assert launch.rows(workdir) == launch.rows(finished)
 
 
 @pytest.mark.slow
@@ -204,20 +204,20 @@ def test_really_full_disk(tmp_path, finished, cache):
         # What the run prints goes elsewhere.
         (disk / "run.log").symlink_to(tmp_path / "run.log")
         options = dict(cache=cache)
-        process = runs.start("", workdir, **options)
-        assert runs.wait_for(lambda: runs.last_step(workdir) >= 12, [process])
+        process = launch.start("", workdir, **options)
+        assert launch.wait_for(lambda: launch.last_step(workdir) >= 12, [process])
         process.terminate()
-        runs.finish(process)
+        launch.finish(process)
         filler = disk / "filler"
         with pytest.raises(OSError), open(filler, "wb", buffering=0) as file:
             while True:
                 file.write(bytes(4096))
         os.truncate(filler, filler.stat().st_size - 8192)
-        output = runs.train("", workdir, expect=1, **options)
+        output = launch.train("", workdir, expect=1, **options)
         assert "full" in output or "could not be written" in output
         filler.unlink()
-        runs.train("", workdir, **options)
-        assert runs.rows(workdir) == runs.rows(finished)
+        launch.train("", workdir, **options)
+        assert launch.rows(workdir) == launch.rows(finished)
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
@@ -227,7 +227,7 @@ def test_exit_code_of_the_command():
     done = subprocess.run(
         f"{sys.executable} -m experiments.train --config configs/vit/digist.py --workdir run",
         cwd=runs.ROOT,
-        env=runs.environment(1, None),
+        env=launch.environment(1, None),
         capture_output=True,
         text=True,
         shell=True,

@@ -4,9 +4,9 @@ import json
 import struct
 
 import jax
+import launch
 import numpy as np
 import pytest
-import runs
 
 from experiments import common, evaluate, train
 
@@ -50,7 +50,8 @@ def test_tensorboard(finished):
         for value in event.summary.value:
             if value.tag == "train/loss":
                 losses[event.step] = value.simple_value
-    wanted = {row["step"]: row["train/loss"] for row in runs.rows(finished) if "train/loss" in row}
+    logged = [row for row in launch.rows(finished) if "train/loss" in row]
+    wanted = {row["step"]: row["train/loss"] for row in logged}
     assert losses == pytest.approx(wanted)
 
 
@@ -78,7 +79,7 @@ def test_evaluate_gives_the_last_scores(finished, tmp_path, capfd):
     config = ("--config", str(runs.ROOT / runs.CONFIG), "--workdir", str(finished))
     assert here(evaluate.main, *config, "--output", str(tmp_path)) == 0
     scores = json.loads((tmp_path / "evaluation-60.json").read_text())
-    last = runs.rows(finished)[-1]
+    last = launch.rows(finished)[-1]
     assert scores == pytest.approx(last, rel=1e-5)
     assert "top1" in capfd.readouterr().out
     assert contents(finished) == before
@@ -87,18 +88,18 @@ def test_evaluate_gives_the_last_scores(finished, tmp_path, capfd):
 def test_a_locked_tower_from_another_run(finished, tmp_path, cache):
     """LiT: the image tower of the classifier, its averages, stays as it is bit for bit."""
     workdir = tmp_path / "run"
-    runs.train(
+    launch.train(
         "task=siglip,steps=12,every=12",
         workdir,
         f"--config.init=(('image/(.*)', {str(finished)!r}, r'\\1'),)",
         "--config.rules.trainable=(('image/.*', False), ('.*', True))",
         cache=cache,
     )
-    tuned, source = runs.parameters(workdir), runs.parameters(finished)
+    tuned, source = launch.parameters(workdir), launch.parameters(finished)
     assert tuned["frozen"] and not any(path.startswith("image/") for path in tuned["trainable"])
     for path, value in tuned["frozen"].items():
         np.testing.assert_array_equal(value, source["ema"][path.removeprefix("image/")])
-    losses = [row["train/loss"] for row in runs.rows(workdir) if "train/loss" in row]
+    losses = [row["train/loss"] for row in launch.rows(workdir) if "train/loss" in row]
     assert losses[-1] < losses[0]
 
 

@@ -3,15 +3,15 @@
 import json
 import signal
 
+import launch
 import numpy as np
 import pytest
-import runs
 
 SHORT = "steps=10,every=5,crop=False"
 
 
 def losses(workdir):
-    return np.array([row["train/loss"] for row in runs.rows(workdir) if "train/loss" in row])
+    return np.array([row["train/loss"] for row in launch.rows(workdir) if "train/loss" in row])
 
 
 @pytest.fixture(scope="module", params=["siglip", "clip"])
@@ -20,11 +20,11 @@ def pair(request, tmp_path_factory, cache):
     # One of the two with evaluations; each costs a compilation on every mesh.
     arg = f"task={request.param},{SHORT},evals={request.param == 'siglip'}"
     folder = tmp_path_factory.mktemp(request.param)
-    runs.train(arg, folder / "one", devices=8, cache=cache)
-    processes = runs.train_processes(
+    launch.train(arg, folder / "one", devices=8, cache=cache)
+    processes = launch.train_processes(
         arg, folder / "two", "--config.mesh.data=2", "--config.mesh.fsdp=4", devices=4, cache=cache
     )
-    codes = [runs.finish(process) for process in processes]
+    codes = [launch.finish(process) for process in processes]
     assert codes == [0, 0], (folder / "two.log").read_text()[-5000:]
     return arg, folder / "one", folder / "two"
 
@@ -38,7 +38,7 @@ def test_losses_are_those_of_one_process(pair):
 
 def test_metrics_are_written_once(pair):
     _, one, two = pair
-    assert [row.keys() for row in runs.rows(two)] == [row.keys() for row in runs.rows(one)]
+    assert [row.keys() for row in launch.rows(two)] == [row.keys() for row in launch.rows(one)]
     assert len(list((two / "tensorboard").iterdir())) == 1
     (start,) = json.loads((two / "manifest.json").read_text())
     assert start["processes"] == 2 and start["devices"] == ["8 x cpu"]
@@ -49,20 +49,20 @@ def test_sigterm_to_two_processes(tmp_path, cache, signalled):
     """Whichever process hears of it, all save the same step and leave; one process goes on."""
     workdir = tmp_path / "run"
     options = dict(devices=1, cache=cache)
-    processes = runs.train_processes("", workdir, **options)
-    assert runs.wait_for(lambda: runs.last_step(workdir) >= 7, processes)
+    processes = launch.train_processes("", workdir, **options)
+    assert launch.wait_for(lambda: launch.last_step(workdir) >= 7, processes)
     for index in signalled:
         processes[index].send_signal(signal.SIGTERM)
-    codes = [runs.finish(process) for process in processes]
+    codes = [launch.finish(process) for process in processes]
     output = (tmp_path / "run.log").read_text()
     assert codes == [143, 143], output[-5000:]
     assert "Stopped on SIGTERM after step" in output
     saved = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
-    assert saved == runs.last_step(workdir) < 60
+    assert saved == launch.last_step(workdir) < 60
     if len(signalled) == 2:
         return
-    runs.train("", workdir, devices=2, cache=cache)
-    steps = [row["step"] for row in runs.rows(workdir) if "train/loss" in row]
+    launch.train("", workdir, devices=2, cache=cache)
+    steps = [row["step"] for row in launch.rows(workdir) if "train/loss" in row]
     assert steps == list(range(1, 61))
 
 
@@ -71,8 +71,8 @@ def test_a_refused_process_does_not_leave_the_other_waiting(tmp_path, cache):
     workdir = tmp_path / "run"
     workdir.mkdir()
     (workdir / "letters").touch()
-    processes = runs.train_processes("", workdir, devices=1, cache=cache)
-    codes = [runs.finish(process, timeout=60) for process in processes]
+    processes = launch.train_processes("", workdir, devices=1, cache=cache)
+    codes = [launch.finish(process, timeout=60) for process in processes]
     output = (tmp_path / "run.log").read_text()
     assert codes == [1, 1]
     assert "holds no run" in output and "Another process failed" in output
@@ -80,7 +80,7 @@ def test_a_refused_process_does_not_leave_the_other_waiting(tmp_path, cache):
 
 def test_a_killed_process_ends_the_other(tmp_path, cache):
     workdir = tmp_path / "run"
-    processes = runs.train_processes("", workdir, devices=1, cache=cache)
-    assert runs.wait_for(lambda: runs.last_step(workdir) >= 7, processes)
+    processes = launch.train_processes("", workdir, devices=1, cache=cache)
+    assert launch.wait_for(lambda: launch.last_step(workdir) >= 7, processes)
     processes[1].kill()
-    assert runs.finish(processes[0], timeout=120) != 0
+    assert launch.finish(processes[0], timeout=120) != 0
