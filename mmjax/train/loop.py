@@ -98,8 +98,10 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -
         loader.set_state(position)
         log.info("Resuming from step %d.", start)
     if start >= experiment.train.steps:
-        log.info("The run is complete; nothing is left to do.")
-        return _last_scores(workdir, start)
+        scores = _last_scores(workdir, start)
+        lines = "".join(f"\n  {name}: {value:.4g}" for name, value in scores.items())
+        log.info("The run is complete; nothing is left to do. Its last scores:%s", lines)
+        return scores
     entry = workdirs.manifest(
         config,
         changes=workdirs.changes(workdir, config),
@@ -239,7 +241,8 @@ class _Run:
         for name, (evaluator, every) in self.evaluators.items():
             if last or step % every == 0:
                 scores = evaluator.run(state.eval_params)
-                tqdm.write(f"\n{name}, step {step}\n{evaluator.describe(scores)}")
+                if jax.process_index() == 0:
+                    tqdm.write(f"\n{name}, step {step}\n{evaluator.describe(scores)}")
                 for metric, value in scores.items():
                     row[f"eval/{name}/{metric}"] = float(value)
                 if best is not None and best.startswith(f"eval/{name}/") and best not in row:

@@ -20,7 +20,7 @@ def attempt(tmp_path, capfd):
     """Run a command within this process; returns what it says. It must fail with exit code 1."""
 
     def run(arg: str, *extra: str, main=train.main, workdir=tmp_path / "run", code: int = 1) -> str:
-        config = str(runs.ROOT / runs.CONFIG)
+        config = str(launch.ROOT / launch.CONFIG)
         argv = ["--config", f"{config}:{arg}", "--workdir", str(workdir)]
         # The tests have 8 devices; one does for these.
         argv += [] if any("mesh" in item for item in extra) else ["--config.mesh.data=8"]
@@ -226,11 +226,11 @@ def test_exit_code_of_the_command():
     """As a process of its own, seen from outside."""
     done = subprocess.run(
         f"{sys.executable} -m experiments.train --config configs/vit/digist.py --workdir run",
-        cwd=runs.ROOT,
+        cwd=launch.ROOT,
         env=launch.environment(1, None),
         capture_output=True,
         text=True,
         shell=True,
     )
     assert done.returncode == 1 and "did you mean 'configs/vit/digits.py'" in done.stderr
-    assert not (runs.ROOT / "run").exists()
+    assert not (launch.ROOT / "run").exists()

@@ -66,17 +66,18 @@ def here(main, *argv: str) -> int:
     return left.value.code
 
 
-def test_a_finished_run_has_nothing_to_do(finished, capfd):
+def test_a_finished_run_has_nothing_to_do(finished, caplog):
+    caplog.set_level("INFO")
     before = contents(finished)
-    config = ("--config", str(runs.ROOT / runs.CONFIG), "--workdir", str(finished))
+    config = ("--config", str(launch.ROOT / launch.CONFIG), "--workdir", str(finished))
     assert here(train.main, *config) == 0
     assert contents(finished) == before
-    assert '"eval/test/top1"' in capfd.readouterr().out
+    assert "nothing is left to do" in caplog.text and "eval/test/top1" in caplog.text
 
 
 def test_evaluate_gives_the_last_scores(finished, tmp_path, capfd):
     before = contents(finished)
-    config = ("--config", str(runs.ROOT / runs.CONFIG), "--workdir", str(finished))
+    config = ("--config", str(launch.ROOT / launch.CONFIG), "--workdir", str(finished))
     assert here(evaluate.main, *config, "--output", str(tmp_path)) == 0
     scores = json.loads((tmp_path / "evaluation-60.json").read_text())
     last = launch.rows(finished)[-1]
@@ -104,7 +105,7 @@ def test_a_locked_tower_from_another_run(finished, tmp_path, cache):
 
 
 def test_a_tower_of_another_size(finished, tmp_path, capfd):
-    config = f"{runs.ROOT / runs.CONFIG}:task=siglip"
+    config = f"{launch.ROOT / launch.CONFIG}:task=siglip"
     code = here(
         train.main,
         *("--config", config, "--workdir", str(tmp_path / "run")),
