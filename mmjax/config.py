@@ -71,7 +71,7 @@ def load(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
         raise ConfigError(f"There is no config file {path!r}; {nearest(path, others)}")
     module_spec = importlib.util.spec_from_file_location("mmjax_experiment_config", path)
     module = importlib.util.module_from_spec(module_spec)
-    # Configs import their neighbours (configs.common) wherever the command is started.
+    # Configs import their neighbours (configs.openmoji) wherever the command is started.
     root = str(Path(__file__).resolve().parents[1])
     if root not in sys.path:
         sys.path.append(root)

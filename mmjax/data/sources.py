@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mmjax.data.spec import call_strictly, split_name
+from mmjax.config import split_name
+from mmjax.data.spec import call_strictly
 from mmjax.registry import Registry, UnknownNameError, nearest
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
@@ -45,7 +46,7 @@ def open_source(config: Mapping[str, Any]) -> tuple[Source, float]:
       UnknownNameError: an unknown source or field; the message names the nearest.
       DataNotFoundError: nothing there.
     """
-    name, arguments = split_name("A data source", config)
+    name, arguments = split_name(config, "A data source")
     weight = float(arguments.pop("weight", 1.0))
     if not weight > 0:
         raise ValueError(f"The weight {weight} of source {name!r} must be above 0.")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mmjax.config import split_name
 from mmjax.data.augment import AUGMENTATIONS, Augmentation
 from mmjax.data.image import PRESETS
 from mmjax.registry import UnknownNameError, nearest
@@ -47,17 +48,9 @@ def call_strictly(what: str, function: Callable[..., Any], arguments: Mapping[st
     return function(**arguments)
 
 
-def split_name(what: str, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """`dict(name="flip", share=0.5)` -> ("flip", {"share": 0.5})."""
-    if "name" not in config:
-        raise ValueError(f"{what} needs a name; it has {sorted(config)}.")
-    rest = dict(config)
-    return rest.pop("name"), rest
-
-
 def make_augmentation(config: Mapping[str, Any]) -> Augmentation:
     """`dict(name="random_erasing", share=0.1)` -> the augmentation."""
-    name, arguments = split_name("An augmentation", config)
+    name, arguments = split_name(config, "An augmentation")
     arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
     return call_strictly(f"augmentation {name!r}", AUGMENTATIONS[name], arguments)
 

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import tokenizers
 
+from mmjax.config import split_name
 from mmjax.data.sources import existing, get_field, open_source
-from mmjax.data.spec import DataSpec, call_strictly, parse, plain, split_name
+from mmjax.data.spec import DataSpec, call_strictly, parse, plain
 from mmjax.data.tfds_source import locked
 from mmjax.registry import Registry
 
@@ -241,7 +242,7 @@ def build_tokenizer(data_config: Any, workdir: str | os.PathLike) -> Tokenizer |
     data = plain(data_config)
     if data.get("tokenizer") is None:
         return None
-    name, arguments = split_name("data.tokenizer", data["tokenizer"])
+    name, arguments = split_name(data["tokenizer"], "data.tokenizer")
     if name == "hf":
         return call_strictly("tokenizer 'hf'", HFTokenizer, arguments)
     TRAINERS[name]  # an unknown name is said before anything is read
