@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from mmjax.nn.linear import XAVIER, Linear
 from mmjax.nn.masks import Mask
 from mmjax.nn.norm import NORMS
 from mmjax.nn.partition import constrain
-from mmjax.nn.position import rotary
+from mmjax.nn.rope import Rotation, rotary
 from mmjax.registry import Registry
 from mmjax.typing import Array, Float, Int
 
@@ -31,7 +32,9 @@ def attend(
     value: Float[Array, "b k g d"],
     mask: Mask | None = None,
     *,
-    scale: float | None = None,
+    scale: float | Float[Array, ""] | None = None,
+    softcap: float | None = None,
+    bias: Float[Array, "#b h q k"] | None = None,
     kernel: str | None = None,
 ) -> Float[Array, "b q h d"]:
     """Scaled dot-product attention, by the fastest kernel that is correct for its arguments.
@@ -41,7 +44,9 @@ def attend(
 
     Args:
       scale: of the logits; 1 / sqrt(d) if None.
-      kernel: a name in `KERNELS` instead of the choice.
+      softcap: logits x become softcap * tanh(x / softcap), as in Gemma 2.
+      bias: added to the logits after that, as the relative positions of T5 are.
+      kernel: a name in `KERNELS` instead of the choice; with a softcap or a bias it is "xla".
 
     Raises:
       ValueError: if the query heads are no multiple of the key heads.
@@ -50,9 +55,12 @@ def attend(
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads are no multiple of {kv_heads} key/value heads.")
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-    name = pick_kernel(query, key, mask) if kernel is None else kernel
     causal = mask is not None and mask.triangle
     with jax.named_scope(CAUSAL_SCOPE) if causal else contextlib.nullcontext():
+        # The kernels made for speed have neither of these, nor a scale that differs by layer.
+        if softcap is not None or bias is not None or isinstance(scale, jax.Array):
+            return _xla(query, key, value, mask, scale, softcap, bias)
+        name = pick_kernel(query, key, mask) if kernel is None else kernel
         return KERNELS[name](query, key, value, mask, scale)
 
 
@@ -68,11 +76,22 @@ def pick_kernel(query: Array, key: Array, mask: Mask | None) -> str:
 
 
 @KERNELS.register("xla")
-def _xla(query: Array, key: Array, value: Array, mask: Mask | None, scale: float) -> Array:
+def _xla(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Mask | None,
+    scale: float | Array,
+    softcap: float | None = None,
+    bias: Array | None = None,
+) -> Array:
     batch, length, heads, width = query.shape
     kv_heads = key.shape[2]
     query = query.reshape(batch, length, kv_heads, heads // kv_heads, width)
     logits = scale * jnp.einsum("bqhgd,bkhd->bhgqk", query, key, preferred_element_type=jnp.float32)
+    logits = _capped(logits, softcap)
+    if bias is not None:
+        logits = logits + bias.reshape(bias.shape[0], kv_heads, -1, *bias.shape[2:])
     if mask is None:
         weights = jax.nn.softmax(logits)
     else:
@@ -86,7 +105,7 @@ def _xla(query: Array, key: Array, value: Array, mask: Mask | None, scale: float
 
 
 @KERNELS.register("cpu")
-def _cpu(query: Array, key: Array, value: Array, mask: Mask | None, scale: float) -> Array:
+def _cpu(query: Array, key: Array, value: Array, mask: Mask | None, scale: float | Array) -> Array:
     batch, length, heads, width = query.shape
     kv_heads = key.shape[2]
 
@@ -149,7 +168,9 @@ _head_by_head.defvjp(_head_by_head_forward, _head_by_head_backward)
 
 
 @KERNELS.register("cudnn")
-def _cudnn(query: Array, key: Array, value: Array, mask: Mask | None, scale: float) -> Array:
+def _cudnn(
+    query: Array, key: Array, value: Array, mask: Mask | None, scale: float | Array
+) -> Array:
     if mask is None or mask.triangle:
         return jax.nn.dot_product_attention(
             query, key, value, scale=scale, is_causal=mask is not None, implementation="cudnn"
@@ -162,6 +183,44 @@ def _cudnn(query: Array, key: Array, value: Array, mask: Mask | None, scale: flo
     return jnp.where(jnp.any(allowed, axis=3)[:, 0, :, None, None], out, 0)
 
 
+class KV(NamedTuple):
+    """Keys and values of one layer, each [B, kv_heads, tokens, head_dim]: heads first, so that a
+    decoding step multiplies matrices that stand one after the other."""
+
+    key: Array
+    value: Array
+
+
+def attend_cached(
+    query: Float[Array, "b q h d"],
+    cache: KV,
+    mask: Mask,
+    *,
+    scale: float | Float[Array, ""] | None = None,
+    softcap: float | None = None,
+    bias: Float[Array, "#b h q k"] | None = None,
+) -> Float[Array, "b q h d"]:
+    """`attend` for few queries and the keys and values of a cache; no derivative of its own."""
+    batch, length, heads, width = query.shape
+    kv_heads = cache.key.shape[1]
+    scale = 1.0 / math.sqrt(width) if scale is None else scale
+    query = query.reshape(batch, length, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
+    query = query.reshape(batch, kv_heads, -1, width)
+    logits = _capped(scale * _matmul(query, cache.key, (3, 3)), softcap)
+    logits = logits.reshape(batch, heads, length, -1)
+    if bias is not None:
+        logits = logits + bias
+    logits = jnp.where(mask.dense()[:, None], logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits).astype(cache.value.dtype)
+    out = _matmul(weights.reshape(batch, kv_heads, -1, weights.shape[-1]), cache.value, (3, 2))
+    out = out.reshape(batch, heads, length, width).swapaxes(1, 2)
+    return out.astype(query.dtype)
+
+
+def _capped(logits: Array, softcap: float | None) -> Array:
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
 class Attention(nnx.Module):
     """Multi-head or grouped-query attention, of a stream to itself or to another.
 
@@ -171,14 +230,14 @@ class Attention(nnx.Module):
       kv_heads: number of key and value heads; as many as query heads if None.
       head_dim: width of a head; width / heads if None.
       context_width: width of the stream attended to, where it is another one.
-      bias: whether the four linear maps have biases.
+      qkv_bias, out_bias: whether these linear maps have biases.
       qk_norm: a name in `NORMS`: queries and keys are normalised over each head's width.
       norm_eps: of those norms.
-      rope_theta: base of the rotary embedding; None for no rotation.
+      scale: of the logits; 1 / sqrt(head_dim) if None.
+      softcap: see `attend`.
 
     Raises:
-      ValueError: if the heads do not divide the width, or the query heads not into groups; if a
-        rotary embedding is asked for with another stream or with an odd head_dim.
+      ValueError: if the heads do not divide the width, or the query heads not into groups.
     """
 
     def __init__(
@@ -189,10 +248,12 @@ class Attention(nnx.Module):
         kv_heads: int | None = None,
         head_dim: int | None = None,
         context_width: int | None = None,
-        bias: bool = True,
+        qkv_bias: bool = True,
+        out_bias: bool = True,
         qk_norm: str | None = None,
         norm_eps: float = 1e-6,
-        rope_theta: float | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
         rngs: nnx.Rngs,
     ):
         if head_dim is None and width % heads:
@@ -203,26 +264,20 @@ class Attention(nnx.Module):
         if heads % kv_heads:
             raise ValueError(f"{heads} query heads are no multiple of {kv_heads} key/value heads.")
         head_dim = width // heads if head_dim is None else head_dim
-        if rope_theta is not None and head_dim % 2:
-            raise ValueError(f"A rotary embedding needs an even head_dim, not {head_dim}.")
-        if rope_theta is not None and context_width is not None:
-            raise ValueError(
-                "A rotary embedding needs positions that both streams share: it is "
-                "for self-attention only. Leave out rope_theta or context_width."
-            )
         context_width = width if context_width is None else context_width
         self.heads = heads
         self.kv_heads = kv_heads
         self.head_dim = head_dim
-        self.rope_theta = rope_theta
+        self.scale = scale
+        self.softcap = softcap
 
-        def linear(inputs: int, outputs: int) -> Linear:
+        def linear(inputs: int, outputs: int, bias: bool) -> Linear:
             return Linear(inputs, outputs, bias=bias, kernel_init=XAVIER, rngs=rngs)
 
-        self.query = linear(width, heads * head_dim)
-        self.key = linear(context_width, kv_heads * head_dim)
-        self.value = linear(context_width, kv_heads * head_dim)
-        self.out = linear(heads * head_dim, width)
+        self.query = linear(width, heads * head_dim, qkv_bias)
+        self.key = linear(context_width, kv_heads * head_dim, qkv_bias)
+        self.value = linear(context_width, kv_heads * head_dim, qkv_bias)
+        self.out = linear(heads * head_dim, width, out_bias)
         self.query_norm = None if qk_norm is None else NORMS[qk_norm](head_dim, eps=norm_eps)
         self.key_norm = None if qk_norm is None else NORMS[qk_norm](head_dim, eps=norm_eps)
 
@@ -232,27 +287,101 @@ class Attention(nnx.Module):
         context: Float[Array, "b k e"] | None = None,
         *,
         mask: Mask | None = None,
-        positions: Int[Array, "#b q"] | None = None,
+        rotation: Rotation | None = None,
+        scale: float | Float[Array, ""] | None = None,
+        bias: Float[Array, "#b h q k"] | None = None,
     ) -> Float[Array, "b q d"]:
         """Attend from `x` to `context`, or to `x` itself where there is none.
 
         Args:
-          positions: of the tokens, for the rotary embedding; 0, 1, 2, ... if None.
+          rotation: of queries and keys, by their places; for self-attention.
+          scale: of the logits, instead of the layer's own.
+          bias: added to the logits.
         """
+        return self._attend(x, context, mask, rotation, scale, bias)[0]
+
+    def with_cache(
+        self,
+        x: Float[Array, "b q d"],
+        context: Float[Array, "b k e"] | None = None,
+        *,
+        mask: Mask | None = None,
+        rotation: Rotation | None = None,
+        scale: float | Float[Array, ""] | None = None,
+        bias: Float[Array, "#b h q k"] | None = None,
+    ) -> tuple[Float[Array, "b q d"], KV]:
+        """The same, and the keys and values, for `step`."""
+        out, key, value = self._attend(x, context, mask, rotation, scale, bias)
+        return out, KV(_heads_first(key), _heads_first(value))
+
+    def step(
+        self,
+        x: Float[Array, "b q d"],
+        cache: KV,
+        slot: Int[Array, ""] | None,
+        *,
+        mask: Mask,
+        rotation: Rotation | None = None,
+        scale: float | Float[Array, ""] | None = None,
+        bias: Float[Array, "#b h q k"] | None = None,
+    ) -> tuple[Float[Array, "b q d"], KV]:
+        """Attend from the next tokens to those of a cache, which they join.
+
+        Args:
+          cache: its tokens dimension has room for all that is to come.
+          slot: where the tokens of `x` go in it; None: they do not (another stream's cache).
+          mask: of the queries to all slots; it decides which of them count.
+
+        Returns:
+          The output, and the cache with the new keys and values.
+        """
+        query = self._turned(self._split(self.query(x), self.heads), self.query_norm, rotation)
+        if slot is not None:
+            key = self._turned(self._split(self.key(x), self.kv_heads), self.key_norm, rotation)
+            value = self._split(self.value(x), self.kv_heads)
+            cache = KV(
+                *(
+                    jax.lax.dynamic_update_slice_in_dim(
+                        old, _heads_first(new).astype(old.dtype), slot, axis=2
+                    )
+                    for old, new in zip(cache, (key, value), strict=True)
+                )
+            )
+        scale = self.scale if scale is None else scale
+        out = attend_cached(query, cache, mask, scale=scale, softcap=self.softcap, bias=bias)
+        return self._joined(out), cache
+
+    def _attend(
+        self,
+        x: Array,
+        context: Array | None,
+        mask: Mask | None,
+        rotation: Rotation | None,
+        scale: float | Array | None,
+        bias: Array | None,
+    ) -> tuple[Array, Array, Array]:
+        """The output, keys and values; the arguments are those of `__call__`."""
         context = x if context is None else context
-        query = self._split(self.query(x), self.heads)
-        key = self._split(self.key(context), self.kv_heads)
+        query = self._turned(self._split(self.query(x), self.heads), self.query_norm, rotation)
+        key = self._turned(self._split(self.key(context), self.kv_heads), self.key_norm, rotation)
         value = self._split(self.value(context), self.kv_heads)
-        if self.query_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-        if self.rope_theta is not None:
-            if positions is None:
-                positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
-            query = rotary(query, positions, self.rope_theta)
-            key = rotary(key, positions, self.rope_theta)
-        out = attend(query, key, value, mask)
-        return self.out(out.reshape(*out.shape[:2], self.heads * self.head_dim))
+        scale = self.scale if scale is None else scale
+        out = attend(query, key, value, mask, scale=scale, softcap=self.softcap, bias=bias)
+        return self._joined(out), key, value
 
     def _split(self, x: Float[Array, "b n hd"], heads: int) -> Float[Array, "b n h d"]:
         x = x.reshape(*x.shape[:2], heads, self.head_dim)
         return constrain(x, "batch", "tokens", "heads", None)
+
+    def _turned(
+        self, x: Float[Array, "b n h d"], norm: nnx.Module | None, rotation: Rotation | None
+    ) -> Float[Array, "b n h d"]:
+        x = x if norm is None else norm(x)
+        return x if rotation is None else rotary(x, rotation)
+
+    def _joined(self, x: Float[Array, "b n h d"]) -> Float[Array, "b n e"]:
+        return self.out(x.reshape(*x.shape[:2], self.heads * self.head_dim))
+
+
+def _heads_first(x: Float[Array, "b n h d"]) -> Float[Array, "b h n d"]:
+    return constrain(x.swapaxes(1, 2), "batch", "heads", "tokens", None)

@@ -49,13 +49,14 @@ class Mask:
 
     Attributes:
       query, key: labels of both sides; the same in self-attention.
-      window: number of places a query looks back, itself included.
+      window: number of places a query looks back, itself included; within a scan over layers whose
+        windows differ, an array.
       triangle: whether the mask is the lower triangle and nothing else, for kernels that know it.
     """
 
     query: Labels
     key: Labels
-    window: int | None = dataclasses.field(default=None, metadata={"static": True})
+    window: int | Array | None = None
     triangle: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def dense(self) -> Bool[Array, "b q k"]:

@@ -37,9 +37,36 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        y = _unit_rms(x.astype(jnp.float32), self.eps)
         return (y * self.scale[...]).astype(x.dtype)
+
+
+@NORMS.register("rmsnorm_offset")
+class OffsetRMSNorm(nnx.Module):
+    """Unit root mean square, then 1 + scale, as in Gemma: weight decay pulls to the identity."""
+
+    def __init__(self, width: int, *, eps: float):
+        self.scale = nnx.Param(jnp.zeros((width,), jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        y = _unit_rms(x.astype(jnp.float32), self.eps)
+        return (y * (1.0 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+
+
+@NORMS.register("layernorm_plain")
+class PlainLayerNorm(nnx.Module):
+    """Zero mean and unit variance; no parameters."""
+
+    def __init__(self, width: int, *, eps: float):
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        return _standardise(x.astype(jnp.float32), self.eps).astype(x.dtype)
+
+
+def _unit_rms(x: Float[Array, "*batch d"], eps: float) -> Float[Array, "*batch d"]:
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
 
 
 # The backward pass keeps the result and one number per row; left to itself, differentiation keeps

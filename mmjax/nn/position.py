@@ -1,4 +1,4 @@
-"""Where a token stands: learned, sine-cosine and rotary."""
+"""Where a token stands: learned and sine-cosine tables (rotary embeddings are in `rope`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from mmjax.registry import Registry
-from mmjax.typing import Array, Float, Int
+from mmjax.typing import Array, Float
 
 POSITIONS: Registry[type[nnx.Module]] = Registry("position embedding")
 
@@ -97,19 +97,3 @@ def _bicubic(source: int, target: int) -> np.ndarray:
         place = np.clip(first + tap, 0, source - 1)
         np.add.at(weights, (np.arange(target), place), np.where(d <= 1, near, far))
     return weights.astype(np.float32)
-
-
-def rotary(
-    x: Float[Array, "b n h d"], positions: Int[Array, "#b n"], theta: float
-) -> Float[Array, "b n h d"]:
-    """Rotary position embedding (Su et al., 2021) of queries or keys, in float32.
-
-    The convention of Llama in transformers: dimension i is paired with i + d / 2.
-    """
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-np.arange(half, dtype=np.float32) / half)
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
-    sin, cos = jnp.sin(angles), jnp.cos(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)

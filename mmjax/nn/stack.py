@@ -5,21 +5,24 @@ Tracing and compiling it costs the same for 2 blocks and for 32.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mmjax.nn.attention import Attention
+from mmjax.nn.attention import KV, Attention
 from mmjax.nn.dropout import check_rate, drop_path
 from mmjax.nn.masks import Mask
 from mmjax.nn.mlp import MLP
 from mmjax.nn.norm import NORMS
 from mmjax.nn.partition import constrain
-from mmjax.registry import Registry
+from mmjax.nn.rope import Rotation
+from mmjax.registry import Registry, UnknownNameError, nearest
 from mmjax.typing import Array, Float, Int, Key
 
 # What is kept of a block's forward pass for its backward pass; the rest is computed again.
@@ -34,12 +37,20 @@ REMAT.register("dots")(jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
 REMAT.register("all_dots")(jax.checkpoint_policies.dots_saveable)
 
 
+PLACEMENTS = ("pre", "post", "sandwich")
+
+
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
     """What a block is made of; see `Attention` and `MLP` for the meaning of most.
 
     Attributes:
-      norm: a name in `NORMS`; norms stand before attention and MLP ("pre-norm").
+      norm: a name in `NORMS`.
+      norm_placement: of the norm of a branch f: "pre" is x + f(norm(x)), "post" norm(x + f(x)) (the
+        original transformer, BERT), "sandwich" x + post_norm(f(norm(x))) (Gemma 2 and 3).
+      layer_scale: whether each branch is multiplied by a learned vector before it is added
+        (Touvron et al., 2021; DINOv2).
+      scale, softcap: of the attention logits.
     """
 
     width: int
@@ -51,56 +62,169 @@ class BlockConfig:
     kv_heads: int | None = None
     head_dim: int | None = None
     gated: bool = False
-    bias: bool = True
+    qkv_bias: bool = True
+    out_bias: bool = True
+    mlp_bias: bool = True
     qk_norm: str | None = None
-    rope_theta: float | None = None
+    norm_placement: str = "pre"
+    layer_scale: bool = False
+    scale: float | None = None
+    softcap: float | None = None
+
+    def __post_init__(self):
+        if self.norm_placement not in PLACEMENTS:
+            raise UnknownNameError(
+                f"norm_placement={self.norm_placement!r} does not exist; "
+                f"{nearest(self.norm_placement, PLACEMENTS)}"
+            )
+
+
+class LayerKind(NamedTuple):
+    """What layers of one stack may differ in, parameters apart.
+
+    Attributes:
+      window: places a token looks back, itself included; None for all.
+      rotation: rotary embedding of queries and keys; None for none.
+      scale: of the attention logits; None for the block's own.
+    """
+
+    window: int | None = None
+    rotation: Rotation | None = None
+    scale: float | None = None
+
+
+class Layers(NamedTuple):
+    """Which layer is of which kind. The kinds agree in which of their fields are None, except for
+    `window`.
+
+    Attributes:
+      kinds: the different ones.
+      index: [depth], each layer's place in `kinds`.
+    """
+
+    kinds: tuple[LayerKind, ...]
+    index: tuple[int, ...]
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Attention, then an MLP, each added to the stream by way of norms; see `BlockConfig`."""
 
     def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
-        self.attention_norm = NORMS[config.norm](config.width, eps=config.norm_eps)
+        def norm() -> nnx.Module:
+            return NORMS[config.norm](config.width, eps=config.norm_eps)
+
+        sandwich = config.norm_placement == "sandwich"
+        self.post = config.norm_placement == "post"
+        self.attention_norm = norm()
         self.attention = Attention(
             config.width,
             config.heads,
             kv_heads=config.kv_heads,
             head_dim=config.head_dim,
-            bias=config.bias,
+            qkv_bias=config.qkv_bias,
+            out_bias=config.out_bias,
             qk_norm=config.qk_norm,
             norm_eps=config.norm_eps,
-            rope_theta=config.rope_theta,
+            scale=config.scale,
+            softcap=config.softcap,
             rngs=rngs,
         )
-        self.mlp_norm = NORMS[config.norm](config.width, eps=config.norm_eps)
+        self.attention_post_norm = norm() if sandwich else None
+        self.attention_scale = _layer_scale(config)
+        self.mlp_norm = norm()
         self.mlp = MLP(
             config.width,
             config.mlp_width,
             activation=config.activation,
             gated=config.gated,
-            bias=config.bias,
+            bias=config.mlp_bias,
             rngs=rngs,
         )
+        self.mlp_post_norm = norm() if sandwich else None
+        self.mlp_scale = _layer_scale(config)
 
     def __call__(
         self,
         x: Float[Array, "b n d"],
         *,
         mask: Mask | None = None,
-        positions: Int[Array, "#b n"] | None = None,
+        rotation: Rotation | None = None,
+        scale: float | Float[Array, ""] | None = None,
+        bias: Float[Array, "#b h n n"] | None = None,
         drop_rate: Float[Array, ""] | None = None,
         rng: Key | None = None,
     ) -> Float[Array, "b n d"]:
         """`drop_rate`: of each of the two branches, for stochastic depth; needs `rng`."""
-        attended = self.attention(self.attention_norm(x), mask=mask, positions=positions)
+
+        def attend(y: Array) -> tuple[Array, None]:
+            return self.attention(y, mask=mask, rotation=rotation, scale=scale, bias=bias), None
+
+        return self._run(x, attend, drop_rate, rng)[0]
+
+    def with_cache(
+        self,
+        x: Float[Array, "b n d"],
+        *,
+        mask: Mask | None = None,
+        rotation: Rotation | None = None,
+        scale: float | Float[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "b n d"], KV]:
+        """The same, and the keys and values of its attention."""
+        return self._run(
+            x, lambda y: self.attention.with_cache(y, mask=mask, rotation=rotation, scale=scale)
+        )
+
+    def step(
+        self,
+        x: Float[Array, "b n d"],
+        cache: KV,
+        slot: Int[Array, ""],
+        *,
+        mask: Mask,
+        rotation: Rotation | None = None,
+        scale: float | Float[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "b n d"], KV]:
+        """The next tokens, which attend to a cache and join it; see `Attention.step`."""
+        return self._run(
+            x,
+            lambda y: self.attention.step(
+                y, cache, slot, mask=mask, rotation=rotation, scale=scale
+            ),
+        )
+
+    def _run(
+        self,
+        x: Array,
+        attend: Callable[[Array], tuple[Array, KV | None]],
+        drop_rate: Array | None = None,
+        rng: Key | None = None,
+    ) -> tuple[Array, KV | None]:
+        """Both branches around whichever way to attend."""
+        first = None
         if rng is not None:
             rng, first = jax.random.split(rng)
-            attended = drop_path(attended, drop_rate, first)
-        x = x + attended
-        fed = self.mlp(self.mlp_norm(x))
-        if rng is not None:
-            fed = drop_path(fed, drop_rate, rng)
-        return constrain(x + fed, "batch", "tokens", "embed")
+        attended, cache = attend(x if self.post else self.attention_norm(x))
+        if self.attention_post_norm is not None:
+            attended = self.attention_post_norm(attended)
+        x = x + _branch(attended, self.attention_scale, drop_rate, first)
+        x = self.attention_norm(x) if self.post else x
+        fed = self.mlp(x if self.post else self.mlp_norm(x))
+        if self.mlp_post_norm is not None:
+            fed = self.mlp_post_norm(fed)
+        x = x + _branch(fed, self.mlp_scale, drop_rate, rng)
+        x = self.mlp_norm(x) if self.post else x
+        return constrain(x, "batch", "tokens", "embed"), cache
+
+
+def _layer_scale(config: BlockConfig) -> nnx.Param | None:
+    return nnx.Param(jnp.ones((config.width,), jnp.float32)) if config.layer_scale else None
+
+
+def _branch(y: Array, scale: nnx.Param | None, drop_rate: Array | None, rng: Key | None) -> Array:
+    """What is added to the stream of a branch's output."""
+    if scale is not None:
+        y = y * scale[...].astype(y.dtype)
+    return y if rng is None else drop_path(y, drop_rate, rng)
 
 
 class Stack(nnx.Module):
@@ -144,11 +268,11 @@ class Stack(nnx.Module):
         x: Float[Array, "b n d"],
         *,
         mask: Mask | None = None,
-        positions: Int[Array, "#b n"] | None = None,
+        rotation: Rotation | None = None,
         rng: Key | None = None,
     ) -> Float[Array, "b n d"]:
         """The output of the last block. `rng` turns stochastic depth on."""
-        x, _ = self.run(x, (), mask=mask, positions=positions, rng=rng)
+        x, _ = self.run(x, (), mask=mask, rotation=rotation, rng=rng)
         return x
 
     def run(
@@ -157,17 +281,23 @@ class Stack(nnx.Module):
         features: Sequence[int],
         *,
         mask: Mask | None = None,
-        positions: Int[Array, "#b n"] | None = None,
+        rotation: Rotation | None = None,
+        bias: Float[Array, "#b h n n"] | None = None,
+        layers: Layers | None = None,
         rng: Key | None = None,
     ) -> tuple[Float[Array, "b n d"], Float[Array, "f b n d"] | None]:
         """The output of the last block, and those of the blocks named by `features` (or None).
 
         Blocks count from 0, and from -1 backwards: -2 is the penultimate one.
 
+        Args:
+          mask, rotation, bias: of all layers; see `Attention`.
+          layers: windows, rotations and scales where layers differ in them. The mask is then one
+            that was made with a window (any).
+
         Raises:
           ValueError: if a block of `features` does not exist.
         """
-        graph, params = nnx.split(self.layers)
         kept = sorted({self._index(block) for block in features})
         places, outputs = None, None
         if kept:
@@ -179,10 +309,12 @@ class Stack(nnx.Module):
         if rng is not None and self.drop_path > 0:
             drop_rates = np.linspace(0, self.drop_path, self.depth, dtype=np.float32)
             keys = jax.random.split(rng, self.depth)
+        graph, params = nnx.split(self.layers)
+        options, table = _layer_options(mask, rotation, layers)
 
-        def block(x, layer, drop_rate, key):
+        def block(x, layer, kind, drop_rate, key):
             call = nnx.merge(graph, layer)
-            return call(x, mask=mask, positions=positions, drop_rate=drop_rate, rng=key)
+            return call(x, **options(table, kind), bias=bias, drop_rate=drop_rate, rng=key)
 
         if self.policy is not None:
             # Within a scan nothing is there to be merged with the second computation.
@@ -190,18 +322,99 @@ class Stack(nnx.Module):
 
         def step(carry, inputs):
             x, outputs = carry
-            layer, place, drop_rate, key = inputs
-            x = block(x, layer, drop_rate, key)
+            layer, kind, place, drop_rate, key = inputs
+            x = block(x, layer, kind, drop_rate, key)
             if outputs is not None:
                 outputs = jax.lax.dynamic_update_index_in_dim(outputs, x, place, 0)
             return (x, outputs), None
 
+        kinds = None if layers is None else np.array(layers.index, np.int32)
         (x, outputs), _ = jax.lax.scan(
-            step, (x, outputs), (params, places, drop_rates, keys), unroll=self.unroll
+            step, (x, outputs), (params, kinds, places, drop_rates, keys), unroll=self.unroll
         )
         if outputs is None:
             return x, None
         return x, outputs[np.array([kept.index(self._index(block)) for block in features])]
+
+    def prefill(
+        self,
+        x: Float[Array, "b n d"],
+        length: int,
+        *,
+        mask: Mask | None = None,
+        rotation: Rotation | None = None,
+        layers: Layers | None = None,
+    ) -> tuple[Float[Array, "b n d"], tuple[KV, ...]]:
+        """The output of the last block, and a cache for `step`.
+
+        Args:
+          length: slots of the cache; the tokens of `x` take the first ones.
+
+        Returns:
+          The output, and for each layer keys and values [B, kv_heads, length, head_dim].
+        """
+        graph, params = nnx.split(self.layers)
+        options, table = _layer_options(mask, rotation, layers)
+
+        def step(x, inputs):
+            layer, kind = inputs
+            return nnx.merge(graph, layer).with_cache(x, **options(table, kind))
+
+        kinds = None if layers is None else np.array(layers.index, np.int32)
+        x, caches = jax.lax.scan(step, x, (params, kinds))
+        room = ((0, 0), (0, 0), (0, length - x.shape[1]), (0, 0))
+        return x, tuple(
+            KV(*(jnp.pad(stacked[layer], room) for stacked in caches))
+            for layer in range(self.depth)
+        )
+
+    def step(
+        self,
+        x: Float[Array, "b n d"],
+        caches: tuple[KV, ...],
+        slot: Int[Array, ""],
+        *,
+        mask: Mask,
+        rotation: Rotation | None = None,
+        layers: Layers | None = None,
+    ) -> tuple[Float[Array, "b n d"], tuple[KV, ...]]:
+        """The next tokens of a text whose keys and values are in `caches`, which they join.
+
+        The layers run one by one and not in a scan, which would have to copy each layer's weights
+        and cache at each step; a step is small, so the program compiles quickly all the same.
+
+        Args:
+          slot: where in the caches the tokens of `x` go.
+          mask: from them to all slots.
+        """
+        updated = []
+        for layer in range(self.depth):
+            options = {"mask": mask, "rotation": rotation}
+            if layers is not None:
+                kind = layers.kinds[layers.index[layer]]
+                options = {
+                    "mask": dataclasses.replace(mask, window=kind.window),
+                    "rotation": kind.rotation,
+                    "scale": kind.scale,
+                }
+            x, cache = self._block(layer).step(x, caches[layer], slot, **options)
+            updated.append(cache)
+        return x, tuple(updated)
+
+    def unstack(self) -> Stack:
+        """A stack for `step` alone whose blocks have parameters of their own.
+
+        On CPUs a slice of a stacked array is a copy: before many steps, one copy is cheaper.
+        """
+        result = copy.copy(self)
+        result.layers = nnx.List([self._block(layer) for layer in range(self.depth)])
+        return result
+
+    def _block(self, layer: int) -> Block:
+        if isinstance(self.layers, nnx.List):
+            return self.layers[layer]
+        graph, params = nnx.split(self.layers)
+        return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[layer], params))
 
     def _index(self, block: int) -> int:
         if not -self.depth <= block < self.depth:
@@ -210,3 +423,28 @@ class Stack(nnx.Module):
                 f"choose from {-self.depth} to {self.depth - 1}."
             )
         return block % self.depth
+
+
+def _layer_options(
+    mask: Mask | None, rotation: Rotation | None, layers: Layers | None
+) -> tuple[Callable[[Any, Array | None], dict[str, Any]], Any]:
+    """A function (table, kind) -> arguments of a block, and its table, for use within a scan."""
+    if layers is None:
+        return lambda table, kind: {"mask": table[0], "rotation": table[1]}, (mask, rotation)
+    windowed = any(kind.window is not None for kind in layers.kinds)
+    if windowed and (mask is None or mask.query.position is None):
+        raise ValueError("Layers with windows need a mask that was made with a window.")
+    # Where some layers have a window, those without have one that is wider than any text.
+    windows = [2**30 if kind.window is None else kind.window for kind in layers.kinds]
+    stacked = jax.tree.map(
+        lambda *leaves: jnp.stack(leaves), *(kind._replace(window=None) for kind in layers.kinds)
+    )
+
+    def options(table, kind):
+        mask, windows, stacked = table
+        if windows is not None:
+            mask = dataclasses.replace(mask, window=windows[kind])
+        chosen = jax.tree.map(lambda leaf: leaf[kind], stacked)
+        return {"mask": mask, "rotation": chosen.rotation, "scale": chosen.scale}
+
+    return options, (mask, jnp.array(windows, jnp.int32) if windowed else None, stacked)

@@ -9,6 +9,7 @@ from functional import jitted
 
 from mmjax.nn import backend, masks
 from mmjax.nn.attention import Attention, attend, pick_kernel
+from mmjax.nn.rope import Rope
 
 
 def arrays(*shapes, seed=0):
@@ -122,16 +123,20 @@ def test_wrong_heads_say_what_is_wrong():
         Attention(32, 5, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="4 query heads are no multiple of 3"):
         Attention(32, 4, kv_heads=3, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="even head_dim, not 3"):
-        Attention(6, 2, rope_theta=1e4, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="even number"):
+        Rope(1e4).rotation(jnp.zeros((1, 1), jnp.int32), 3)
     with pytest.raises(ValueError, match="did you mean 'rmsnorm'"):
         Attention(32, 4, qk_norm="rms_norm", rngs=nnx.Rngs(0))
 
 
 def test_a_sample_does_not_depend_on_its_neighbours_nor_on_padding():
     layer = jitted(
-        Attention(16, 4, kv_heads=2, rope_theta=1e4, qk_norm="rmsnorm", rngs=nnx.Rngs(0)),
-        lambda layer, x, valid: layer(x, mask=masks.blocks(jnp.ones_like(valid), group=valid)),
+        Attention(16, 4, kv_heads=2, qk_norm="rmsnorm", rngs=nnx.Rngs(0)),
+        lambda layer, x, valid: layer(
+            x,
+            mask=masks.blocks(jnp.ones_like(valid), group=valid),
+            rotation=Rope(1e4).rotation(jnp.arange(x.shape[1])[None], 4),
+        ),
     )
     (x,) = arrays((3, 6, 16))
     valid = jnp.arange(6)[None] < jnp.array([6, 4, 2])[:, None]

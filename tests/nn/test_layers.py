@@ -13,7 +13,8 @@ from mmjax.nn.mlp import ACTIVATIONS, MLP
 from mmjax.nn.norm import LayerNorm, RMSNorm
 from mmjax.nn.partition import activation_sharding
 from mmjax.nn.patch import PatchEmbed
-from mmjax.nn.position import interpolate_grid, rotary, sincos2d
+from mmjax.nn.position import interpolate_grid, sincos2d
+from mmjax.nn.rope import Rope, rotary
 
 
 @pytest.fixture(scope="module")
@@ -167,10 +168,87 @@ def test_rotary_equals_transformers():
         tensor(q).transpose(1, 2), tensor(k).transpose(1, 2), cos, sin
     )
     for ours, theirs in zip((q, k), expected, strict=True):
-        actual = rotary(ours, positions, 10_000.0)
+        actual = rotary(ours, Rope(10_000.0).rotation(positions, 16))
         # Angles reach 2,000, of which float32 keeps 4 decimals.
         np.testing.assert_allclose(actual, theirs.transpose(1, 2), atol=1e-3)
         np.testing.assert_allclose(actual[0], theirs.transpose(1, 2)[0], atol=1e-6)
+
+
+SCALED = {
+    "linear": ({"factor": 3.0}, {"factor": 3.0}),
+    "dynamic": ({"factor": 2.5}, {"factor": 2.5, "original_length": 16}),
+    "llama3": (
+        {
+            "factor": 8.0,
+            "low_freq_factor": 1.5,
+            "high_freq_factor": 5.0,
+            "original_max_position_embeddings": 16,
+        },
+        {
+            "factor": 8.0,
+            "low_frequency_factor": 1.5,
+            "high_frequency_factor": 5.0,
+            "original_length": 16,
+        },
+    ),
+    "yarn": (
+        {
+            "factor": 4.0,
+            "beta_fast": 3.0,
+            "beta_slow": 0.5,
+            "attention_factor": 1.2,
+            "original_max_position_embeddings": 16,
+        },
+        {
+            "factor": 4.0,
+            "beta_fast": 3.0,
+            "beta_slow": 0.5,
+            "amplitude": 1.2,
+            "original_length": 16,
+        },
+    ),
+}
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("length", [12, 40])
+@pytest.mark.parametrize("scaling", SCALED)
+def test_scaled_rotary_equals_transformers(scaling, length):
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    import torch
+    from transformers import LlamaConfig
+
+    theirs, ours = SCALED[scaling]
+    config = LlamaConfig(
+        hidden_size=32,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        rope_parameters={"rope_type": scaling, "rope_theta": 100.0, **theirs},
+    )
+    positions = jnp.arange(length)[None]
+    cos, sin = llama.LlamaRotaryEmbedding(config)(torch.zeros(1), tensor(positions))
+    rotation = Rope(100.0, scaling=scaling, **ours).rotation(positions, 16)
+    np.testing.assert_allclose(rotation.cos, cos[..., :8], atol=5e-6)
+    np.testing.assert_allclose(rotation.sin, sin[..., :8], atol=5e-6)
+
+
+def test_part_of_a_head_may_be_rotated():
+    x = jax.random.normal(jax.random.key(0), (1, 3, 2, 8))
+    rotation = Rope(100.0, dims=4).rotation(jnp.arange(3)[None], 8)
+    out = rotary(x, rotation)
+    np.testing.assert_array_equal(out[..., 4:], x[..., 4:])
+    np.testing.assert_array_equal(out[..., :4], rotary(x[..., :4], rotation))
+
+
+def test_bad_ropes_say_what_is_wrong():
+    with pytest.raises(ValueError, match="did you mean 'llama3'"):
+        Rope(1e4, scaling="llama")
+    with pytest.raises(ValueError, match="'yarn' needs original_length"):
+        Rope(1e4, scaling="yarn")
+    with pytest.raises(ValueError, match="dims=3"):
+        Rope(1e4, dims=3)
+    with pytest.raises(ValueError, match="at most all"):
+        Rope(1e4, dims=8).rotation(jnp.zeros((1, 1), jnp.int32), 4)
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():

@@ -11,7 +11,8 @@ from flax import nnx
 from functional import jitted
 
 from mmjax.nn import masks
-from mmjax.nn.stack import REMAT, Block, BlockConfig, Stack
+from mmjax.nn.rope import Rope
+from mmjax.nn.stack import REMAT, Block, BlockConfig, LayerKind, Layers, Stack
 
 CONFIG = BlockConfig(
     width=16, heads=2, mlp_width=24, activation="gelu", norm="layernorm", norm_eps=1e-6
@@ -136,9 +137,11 @@ DECODER = BlockConfig(
     kv_heads=2,
     head_dim=8,
     gated=True,
-    bias=False,
-    rope_theta=10_000.0,
+    qkv_bias=False,
+    out_bias=False,
+    mlp_bias=False,
 )
+ROPE = Rope(10_000.0)
 
 
 def hf_decoder(family, **options):
@@ -190,7 +193,8 @@ def test_a_decoder_equals_transformers(family):
     mask = masks.blocks(
         jnp.ones((2, 9), bool), group=jnp.asarray(valid), window=window.get("sliding_window")
     )
-    actual = jitted(stack, mask=mask)(jnp.asarray(x))
+    rotation = ROPE.rotation(jnp.arange(9)[None], DECODER.head_dim)
+    actual = jitted(stack, mask=mask, rotation=rotation)(jnp.asarray(x))
     np.testing.assert_allclose(actual[valid], expected[valid], atol=1e-5)
 
 
@@ -199,7 +203,9 @@ def test_packed_samples_equal_samples_on_their_own():
     call = jitted(
         stack,
         lambda stack, x, group, positions: stack(
-            x, mask=masks.blocks(jnp.ones(group.shape, bool), group=group), positions=positions
+            x,
+            mask=masks.blocks(jnp.ones(group.shape, bool), group=group),
+            rotation=ROPE.rotation(positions, DECODER.head_dim),
         ),
     )
     x = jax.random.normal(jax.random.key(0), (1, 8, 32))
@@ -223,3 +229,88 @@ def test_blocks_are_initialised_one_by_one():
     key = jax.random.split(nnx.Rngs(0).params(), DEPTH)[1]
     block = Block(CONFIG, rngs=nnx.Rngs(key))
     np.testing.assert_array_equal(stack.layers.mlp.up.kernel[1], block.mlp.up.kernel[...])
+
+
+LOCAL_GLOBAL = (0, 1, 0)  # which kind each layer is of
+
+
+def kinds(positions):
+    """Local layers with a window and a faster rotation between global ones."""
+    rotations = [Rope(theta).rotation(positions, DECODER.head_dim) for theta in (100.0, 1e4)]
+    return Layers(
+        (LayerKind(3, rotations[0], 0.3), LayerKind(None, rotations[1], 0.4)), LOCAL_GLOBAL
+    )
+
+
+def decoder(**options):
+    config = dataclasses.replace(DECODER, softcap=5.0, qk_norm="rmsnorm", **options)
+    return Stack(config, 3, rngs=nnx.Rngs(1))
+
+
+def one_by_one(stack, x, layers):
+    """A loop over the blocks, each with the mask, rotation and scale of its kind."""
+    graph, params = nnx.split(stack.layers)
+    for layer, kind in enumerate(layers.index):
+        window, rotation, scale = layers.kinds[kind]
+        block = nnx.merge(graph, jax.tree.map(lambda leaf, i=layer: leaf[i], params))
+        mask = masks.causal(x.shape[1], window=window)
+        x = block(x, mask=mask, rotation=rotation, scale=scale)
+    return x
+
+
+@pytest.mark.parametrize("placement", ["pre", "post", "sandwich"])
+def test_kinds_of_layers_and_steps_equal_a_loop(placement):
+    """The scan over layers of two kinds, and decoding token by token after a prefill."""
+    stack = decoder(norm_placement=placement)
+    x = jax.random.normal(jax.random.key(0), (2, 7, 32))
+    positions = jnp.arange(7)[None]
+    expected = jax.jit(lambda x: one_by_one(stack, x, kinds(positions)))(x)
+
+    @jax.jit
+    def scanned(x):
+        return stack.run(x, (), mask=masks.causal(7, window=1), layers=kinds(positions))[0]
+
+    np.testing.assert_allclose(scanned(x), expected, atol=1e-5)
+
+    @jax.jit
+    def prefill(x):
+        mask, layers = masks.causal(4, window=1), kinds(positions[:, :4])
+        return stack.prefill(x, 8, mask=mask, layers=layers)
+
+    out, caches = prefill(x[:, :4])
+    np.testing.assert_allclose(out, expected[:, :4], atol=1e-5)
+    for chosen in (stack, stack.unstack()):
+
+        @jax.jit
+        def step(x, caches, slot, chosen=chosen):
+            place = jnp.arange(8, dtype=jnp.int32)[None]
+            query = masks.Labels(jnp.ones((1, 1), jnp.int32), None, slot[None, None])
+            key = masks.Labels((place <= slot).astype(jnp.int32), None, place)
+            layers = kinds(slot[None, None])
+            return chosen.step(x, caches, slot, mask=masks.Mask(query, key), layers=layers)
+
+        now = caches
+        for slot in range(4, 7):
+            out, now = step(x[:, slot : slot + 1], now, jnp.int32(slot))
+            np.testing.assert_allclose(out[:, 0], expected[:, slot], atol=1e-5)
+
+
+def test_windows_need_positions():
+    with pytest.raises(ValueError, match="made with a window"):
+        decoder().run(
+            jnp.zeros((1, 7, 32)), (), mask=masks.causal(7), layers=kinds(jnp.arange(7)[None])
+        )
+
+
+def test_layer_scale_scales_the_branches():
+    config = dataclasses.replace(CONFIG, layer_scale=True)
+    block = Block(config, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (1, 3, 16))
+    block.attention_scale[...] = jnp.zeros(16)
+    block.mlp_scale[...] = jnp.full(16, 0.5)
+    np.testing.assert_allclose(block(x), x + 0.5 * block.mlp(block.mlp_norm(x)), atol=1e-6)
+
+
+def test_unknown_placement_names_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'sandwich'"):
+        dataclasses.replace(CONFIG, norm_placement="sandwitch")
