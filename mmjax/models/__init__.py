@@ -3,6 +3,7 @@
 from flax import nnx
 
 from mmjax.models.clip import CLIP, CLIPConfig
+from mmjax.models.lm import LM, LMConfig, LMOutput
 from mmjax.models.siglip import SigLIP, SigLIPConfig
 from mmjax.models.sizes import text_size, vit_size
 from mmjax.models.text import TextConfig, TextOutput, TextTransformer
@@ -15,11 +16,15 @@ MODELS.register("vit")((ViTConfig, ViT))
 MODELS.register("text")((TextConfig, TextTransformer))
 MODELS.register("clip")((CLIPConfig, CLIP))
 MODELS.register("siglip")((SigLIPConfig, SigLIP))
+MODELS.register("lm")((LMConfig, LM))
 
 __all__ = [
     "CLIP",
+    "LM",
     "MODELS",
     "CLIPConfig",
+    "LMConfig",
+    "LMOutput",
     "SigLIP",
     "SigLIPConfig",
     "TextConfig",

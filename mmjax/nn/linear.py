@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import Initializer
@@ -44,16 +45,25 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(bias_init(rngs.params(), (outputs,), jnp.float32)) if bias else None
 
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
-        kernel = self.kernel[...].astype(x.dtype)
-        if x.ndim > 2 and backend.platform() == "cpu":
-            # XLA's CPU backend contracts several batch dimensions in the weight gradient with
-            # slow generic loops, where one goes to its matrix multiplication. Elsewhere the
-            # dimensions stay apart, so that the tokens may be sharded.
-            rows = math.prod(x.shape[:-1])
-            y = (x.reshape(rows, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
-        else:
-            y = x @ kernel
+        y = project(x, self.kernel[...])
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+def project(
+    x: Float[Array, "*batch inputs"],
+    kernel: Float[Array, "inputs outputs"],
+    dtype: jax.typing.DTypeLike | None = None,
+) -> Float[Array, "*batch outputs"]:
+    """`x @ kernel`, computed in the dtype of `x`; the result has `dtype` where one is given."""
+    kernel = kernel.astype(x.dtype)
+    if x.ndim <= 2 or backend.platform() != "cpu":
+        return jnp.matmul(x, kernel, preferred_element_type=dtype)
+    # XLA's CPU backend contracts several batch dimensions in the weight gradient with slow generic
+    # loops, where one goes to its matrix multiplication. Elsewhere the dimensions stay apart, so
+    # that the tokens may be sharded.
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    y = jnp.matmul(rows, kernel, preferred_element_type=dtype)
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 class Embedding(nnx.Module):
