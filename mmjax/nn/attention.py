@@ -337,19 +337,19 @@ class Attention(nnx.Module):
         """
         query = self._turned(self._split(self.query(x), self.heads), self.query_norm, rotation)
         if slot is not None:
-            key = self._turned(self._split(self.key(x), self.kv_heads), self.key_norm, rotation)
-            value = self._split(self.value(x), self.kv_heads)
             cache = KV(
                 *(
-                    jax.lax.dynamic_update_slice_in_dim(
-                        old, _heads_first(new).astype(old.dtype), slot, axis=2
-                    )
-                    for old, new in zip(cache, (key, value), strict=True)
+                    jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis=2)
+                    for old, new in zip(cache, self.remember(x, rotation), strict=True)
                 )
             )
         scale = self.scale if scale is None else scale
         out = attend_cached(query, cache, mask, scale=scale, softcap=self.softcap, bias=bias)
         return self._joined(out), cache
+
+    def remember(self, context: Float[Array, "b k e"], rotation: Rotation | None = None) -> KV:
+        """The keys and values of a stream, for `step`: all that attention needs of it."""
+        return KV(*map(_heads_first, self._keys_values(context, rotation)))
 
     def _attend(
         self,
@@ -363,11 +363,14 @@ class Attention(nnx.Module):
         """The output, keys and values; the arguments are those of `__call__`."""
         context = x if context is None else context
         query = self._turned(self._split(self.query(x), self.heads), self.query_norm, rotation)
-        key = self._turned(self._split(self.key(context), self.kv_heads), self.key_norm, rotation)
-        value = self._split(self.value(context), self.kv_heads)
+        key, value = self._keys_values(context, rotation)
         scale = self.scale if scale is None else scale
         out = attend(query, key, value, mask, scale=scale, softcap=self.softcap, bias=bias)
         return self._joined(out), key, value
+
+    def _keys_values(self, context: Array, rotation: Rotation | None) -> tuple[Array, Array]:
+        key = self._turned(self._split(self.key(context), self.kv_heads), self.key_norm, rotation)
+        return key, self._split(self.value(context), self.kv_heads)
 
     def _split(self, x: Float[Array, "b n hd"], heads: int) -> Float[Array, "b n h d"]:
         x = x.reshape(*x.shape[:2], heads, self.head_dim)

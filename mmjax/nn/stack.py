@@ -233,6 +233,7 @@ class Stack(nnx.Module):
     Args:
       config: of each block.
       depth: number of blocks.
+      block: `Block` or a subclass, made with (config, rngs=...).
       remat: a name in `REMAT`.
       drop_path: rate of stochastic depth at the last block; it grows linearly from 0 at the first.
       unroll: blocks in one iteration of the scan: more compile time for, on some backends,
@@ -244,6 +245,7 @@ class Stack(nnx.Module):
         config: BlockConfig,
         depth: int,
         *,
+        block: type[Block] = Block,
         remat: str = "none",
         drop_path: float = 0.0,
         unroll: int = 1,
@@ -258,9 +260,9 @@ class Stack(nnx.Module):
         self.unroll = unroll
 
         def params(key: Key) -> nnx.State:
-            return nnx.state(Block(config, rngs=nnx.Rngs(key)))
+            return nnx.state(block(config, rngs=nnx.Rngs(key)))
 
-        graph = nnx.graphdef(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))
+        graph = nnx.graphdef(nnx.eval_shape(lambda: block(config, rngs=nnx.Rngs(0))))
         self.layers = nnx.merge(graph, jax.vmap(params)(jax.random.split(rngs.params(), depth)))
 
     def __call__(
@@ -285,6 +287,7 @@ class Stack(nnx.Module):
         bias: Float[Array, "#b h n n"] | None = None,
         layers: Layers | None = None,
         rng: Key | None = None,
+        **inputs: Any,
     ) -> tuple[Float[Array, "b n d"], Float[Array, "f b n d"] | None]:
         """The output of the last block, and those of the blocks named by `features` (or None).
 
@@ -294,6 +297,7 @@ class Stack(nnx.Module):
           mask, rotation, bias: of all layers; see `Attention`.
           layers: windows, rotations and scales where layers differ in them. The mask is then one
             that was made with a window (any).
+          inputs: what else blocks of another class take, the same for all.
 
         Raises:
           ValueError: if a block of `features` does not exist.
@@ -314,7 +318,8 @@ class Stack(nnx.Module):
 
         def block(x, layer, kind, drop_rate, key):
             call = nnx.merge(graph, layer)
-            return call(x, **options(table, kind), bias=bias, drop_rate=drop_rate, rng=key)
+            given = {**options(table, kind), **inputs}
+            return call(x, **given, bias=bias, drop_rate=drop_rate, rng=key)
 
         if self.policy is not None:
             # Within a scan nothing is there to be merged with the second computation.
@@ -397,7 +402,7 @@ class Stack(nnx.Module):
                     "rotation": kind.rotation,
                     "scale": kind.scale,
                 }
-            x, cache = self._block(layer).step(x, caches[layer], slot, **options)
+            x, cache = self.block(layer).step(x, caches[layer], slot, **options)
             updated.append(cache)
         return x, tuple(updated)
 
@@ -407,10 +412,11 @@ class Stack(nnx.Module):
         On CPUs a slice of a stacked array is a copy: before many steps, one copy is cheaper.
         """
         result = copy.copy(self)
-        result.layers = nnx.List([self._block(layer) for layer in range(self.depth)])
+        result.layers = nnx.List([self.block(layer) for layer in range(self.depth)])
         return result
 
-    def _block(self, layer: int) -> Block:
+    def block(self, layer: int) -> Block:
+        """One of the blocks, with parameters of its own."""
         if isinstance(self.layers, nnx.List):
             return self.layers[layer]
         graph, params = nnx.split(self.layers)
