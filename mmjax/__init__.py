@@ -1,14 +1,21 @@
 """mmjax: multimodal models in JAX."""
 
+import importlib
 from typing import Any
 
-__all__ = ["build"]
+# Data workers import mmjax.data by the dozen; they should not pay for JAX models.
+_HOMES = {
+    "build": "mmjax.factory",
+    "from_pretrained": "mmjax.convert",
+    "save_pretrained": "mmjax.convert",
+    "load_processor": "mmjax.data.processor",
+    "generate": "mmjax.generation",
+}
+
+__all__ = ["build", "from_pretrained", "generate", "load_processor", "save_pretrained"]
 
 
 def __getattr__(name: str) -> Any:
-    # Data workers import mmjax.data by the dozen; they should not pay for JAX models.
-    if name == "build":
-        from mmjax.factory import build
-
-        return build
-    raise AttributeError(f"module 'mmjax' has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mmjax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,1 @@
+"""One module per family; each registers the classes of transformers it converts."""

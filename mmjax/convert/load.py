@@ -1,0 +1,249 @@
+"""Checkpoints of Hugging Face format into sharded arrays, tensor by tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from mmjax import rules as rule_tables
+from mmjax import sharding
+from mmjax.convert import files, gguf
+from mmjax.convert.family import Family, Origin, Source, find, read_json, transformers_config
+from mmjax.convert.kinds import Transform
+from mmjax.convert.table import ConversionError, Entry, check, lay_out, rename
+from mmjax.params import Params, abstract, merge
+
+CONFIG = "config.json"
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint that was looked at, but not read.
+
+    Attributes:
+      origin: class, config and place.
+      family: its conversion.
+      config: of our model.
+      tensors: what can be read.
+      file_names: canonical name -> name in the file.
+    """
+
+    origin: Origin
+    family: Family
+    config: Any
+    tensors: files.Tensors
+    file_names: Mapping[str, str]
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Looks at a checkpoint directory, or at a GGUF file.
+
+    Raises:
+      ConversionError: if it is none, is damaged, or is of an unknown type.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ConversionError(f"There is no {path}: give the directory of a checkpoint.")
+    if path.is_file():
+        content, tensors = gguf.open_file(path)
+    else:
+        content = read_json(path / CONFIG)
+        find(content, str(path))  # an unknown type is said before anything about weights
+        tensors = files.open_directory(path)
+    architecture, family = find(content, str(path))
+    file_names = rename(tensors.shapes, family.renames, str(path))
+    hf = transformers_config(content, str(path))
+    source = Source(hf, frozenset(file_names), path if path.is_dir() else None)
+    try:
+        config = family.from_hf(source)
+    except ValueError as error:
+        raise ConversionError(f"{path}: {error}") from error
+    origin = Origin(architecture, json.dumps(content, sort_keys=True), str(path))
+    return Checkpoint(origin, family, config, tensors, file_names)
+
+
+def from_pretrained(
+    directory: str | Path,
+    *,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    rules: rule_tables.Table | None = None,
+    image_size: int | tuple[int, int] | None = None,
+) -> nnx.Module:
+    """The model in a directory of Hugging Face format, or in a GGUF file.
+
+    Everything is checked before anything is read. Then each tensor goes from the file to the
+    devices that hold it, one after the other, so that the host holds no more than one or two.
+
+    Args:
+      directory: with `config.json` and `model.safetensors` (or several files and their index).
+      dtype: of the parameters and the computation, float32 if None. Vectors and scalars (norms,
+        biases, temperatures) are kept in float32 in any case.
+      mesh: of devices to lay the parameters on; the default device if None.
+      rules: the table of sharding strategies, `mmjax.sharding.DEFAULT_RULES` if None.
+      image_size: pixels, or (height, width), to interpolate position embeddings to.
+
+    Returns:
+      The module, with its config as `config` and where it comes from as `origin`.
+
+    Raises:
+      ConversionError: if the directory is no checkpoint, is damaged, of an unknown type, or does
+        not fit its config; all problems are listed, and nothing is loaded.
+      MeshError, RuleError: if the rules do not fit.
+    """
+    checkpoint = open_checkpoint(directory)
+    dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
+    config = with_fields(checkpoint.config, dtype=dtype.name)
+    graph, params = load(
+        checkpoint._replace(config=config), _where(mesh, rules), lambda path, shape: dtype
+    )
+    if image_size is not None:
+        from mmjax.convert.resize import resized
+
+        config, params = resized(config, params, image_size)
+        graph, _ = abstract(lambda: checkpoint.family.model(config, rngs=nnx.Rngs(0)))
+    model = merge(graph, params)
+    model.origin = checkpoint.origin
+    return model
+
+
+def load(
+    checkpoint: Checkpoint,
+    shardings: Callable[[Params], Mapping[str, Sharding]],
+    dtype: Callable[[str, tuple[int, ...]], np.dtype],
+    wanted: Callable[[str], bool] = lambda path: True,
+) -> tuple[nnx.GraphDef, Params]:
+    """The parameters of a checkpoint.
+
+    Args:
+      shardings: from shapes by path to shardings by path.
+      dtype: (path, shape) -> type of a matrix or table.
+      wanted: paths to load; the others are checked all the same, but not read.
+
+    Raises:
+      ConversionError: see `from_pretrained`.
+    """
+    config, family, tensors = checkpoint.config, checkpoint.family, checkpoint.tensors
+    graph, shapes = abstract(lambda: family.model(config, rngs=nnx.Rngs(0)))
+    entries = lay_out(family.rows(config), shapes)
+    found = {name: tensors.shapes[there] for name, there in checkpoint.file_names.items()}
+    check(entries, found, family.ignored(config), tensors.where)
+    targets = {
+        path: jax.ShapeDtypeStruct(
+            shape.shape,
+            jnp.float32 if _is_vector(path, shape.shape) else dtype(path, shape.shape),
+            sharding=place,
+        )
+        for (path, shape), place in zip(shapes.items(), shardings(shapes).values(), strict=True)
+    }
+    return graph, _read(entries, targets, tensors, checkpoint.file_names, wanted)
+
+
+def with_fields(config: Any, **values: Any) -> Any:
+    """A copy of a dataclass in which fields of these names, at any depth, have these values."""
+    changes = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in values:
+            changes[field.name] = values[field.name]
+        elif dataclasses.is_dataclass(value):
+            changes[field.name] = with_fields(value, **values)
+    return dataclasses.replace(config, **changes)
+
+
+def _is_vector(path: str, shape: Sequence[int]) -> bool:
+    return len(shape) - ("layers" in path.split("/")) <= 1
+
+
+def _where(
+    mesh: Mesh | None, table: rule_tables.Table | None
+) -> Callable[[Params], Mapping[str, Sharding]]:
+    if mesh is None:
+        if table is not None:
+            raise ValueError("rules say how parameters lie on a mesh: give the mesh too.")
+        place = SingleDeviceSharding(jax.local_devices()[0])
+        return lambda shapes: dict.fromkeys(shapes, place)
+    table = sharding.DEFAULT_RULES if table is None else table
+    return lambda shapes: sharding.parameter_shardings(shapes, table, mesh)
+
+
+def _read(
+    entries: Sequence[Entry],
+    targets: Mapping[str, jax.ShapeDtypeStruct],
+    tensors: files.Tensors,
+    file_names: Mapping[str, str],
+    wanted: Callable[[str], bool],
+) -> Params:
+    params: Params = {}
+    pending: Any = ()
+    for entry in entries:
+        if not any(wanted(path) for path in entry.paths):
+            continue
+        raw = tensors.read(file_names[entry.name])
+        # The arrays of the tensor before may still be on their way while this one was read; were
+        # more of them let through, the host would hold them all.
+        jax.block_until_ready(pending)
+        structs = tuple(targets[path] for path in entry.paths)
+        source = _place(raw, entry, structs)
+        if entry.layer is None:
+            arrays = _converter(entry.transform, structs)(source)
+        else:
+            if entry.layer == 0:
+                buffers = _allocator(structs)()
+            else:
+                buffers = tuple(params[path] for path in entry.paths)
+            arrays = _inserter(entry.transform, structs)(buffers, source, np.int32(entry.layer))
+        params |= dict(zip(entry.paths, arrays, strict=True))
+        pending = arrays
+    return {path: params[path] for path in targets if path in params and wanted(path)}
+
+
+def _place(raw: np.ndarray, entry: Entry, structs: Sequence[jax.ShapeDtypeStruct]) -> jax.Array:
+    """The tensor on the devices, each of which gets the part it needs where that is known."""
+    where = structs[0].sharding
+    if isinstance(where, NamedSharding):
+        spec = PartitionSpec()
+        if entry.transform.spec is not None:
+            target = tuple(where.spec) + (None,) * (len(structs[0].shape) - len(where.spec))
+            spec = entry.transform.spec(PartitionSpec(*target[0 if entry.layer is None else 1 :]))
+        where = NamedSharding(where.mesh, spec)
+    return jax.make_array_from_callback(raw.shape, where, lambda index: raw[index])
+
+
+@functools.lru_cache(maxsize=256)
+def _allocator(structs: tuple[jax.ShapeDtypeStruct, ...]) -> Callable:
+    return jax.jit(
+        lambda: tuple(jnp.zeros(s.shape, s.dtype) for s in structs),
+        out_shardings=tuple(s.sharding for s in structs),
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _converter(transform: Transform, structs: tuple[jax.ShapeDtypeStruct, ...]) -> Callable:
+    def convert(source):
+        arrays = transform.to_ours(source)
+        return tuple(a.astype(s.dtype) for a, s in zip(arrays, structs, strict=True))
+
+    return jax.jit(convert, out_shardings=tuple(s.sharding for s in structs))
+
+
+@functools.lru_cache(maxsize=256)
+def _inserter(transform: Transform, structs: tuple[jax.ShapeDtypeStruct, ...]) -> Callable:
+    def insert(buffers, source, layer):
+        arrays = transform.to_ours(source)
+        return tuple(
+            jax.lax.dynamic_update_index_in_dim(buffer, array.astype(buffer.dtype), layer, 0)
+            for buffer, array in zip(buffers, arrays, strict=True)
+        )
+
+    # The buffers are given up: the layer is written in place.
+    return jax.jit(insert, donate_argnums=0, out_shardings=tuple(s.sharding for s in structs))

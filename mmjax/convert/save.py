@@ -1,0 +1,265 @@
+"""Models into directories that transformers loads."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+
+from mmjax.convert.family import Family, Origin, Source, families, transformers_config
+from mmjax.convert.files import Item, write_directory
+from mmjax.convert.load import CONFIG, with_fields
+from mmjax.convert.table import ConversionError, Entry, lay_out
+from mmjax.params import split
+
+# Fields of our configs that say how a model is run or trained, not what it computes.
+_RUNTIME = {
+    "dtype": "float32",
+    "remat": "none",
+    "unroll": 1,
+    "drop_path": 0.0,
+    "patch_dropout": 0.0,
+    "partial_patches": "crop",
+    "init_scale": 1.0,
+    "init_bias": 0.0,
+}
+
+# Files beside the weights that belong to a checkpoint.
+COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece*.model",
+    "chat_template*",
+    "*processor_config.json",
+    "generation_config.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "1_Pooling/config.json",
+)
+
+
+def save_pretrained(
+    model: nnx.Module,
+    directory: str | Path,
+    *,
+    architecture: str | None = None,
+    like: str | Path | None = None,
+    dtype: Any = None,
+    max_shard_size: int = 5 * 10**9,
+    overwrite: bool = False,
+) -> None:
+    """Writes a directory that transformers, and whoever reads its format, loads.
+
+    A model that was read from a checkpoint keeps the class, the further entries of `config.json`
+    and the companions of its origin (tokenizer, preprocessing). The directory appears whole or not
+    at all. With several processes all call this, and the first writes.
+
+    Args:
+      architecture: the class in transformers; None for the origin's, or the first that fits.
+      like: a directory of transformers to take companions from, instead of the origin's.
+      dtype: of all tensors; None keeps each as it is here.
+      max_shard_size: of one weights file, in bytes.
+      overwrite: whether the directory may be there already; it is then replaced.
+
+    Raises:
+      FileExistsError: if it is, and may not.
+      ConversionError: if no class of transformers computes what this model does.
+    """
+    directory = Path(directory).absolute()
+    if not overwrite and directory.exists() and (directory.is_file() or any(directory.iterdir())):
+        raise FileExistsError(
+            f"{directory} is there already and nothing was written: choose another directory, or "
+            "say that it may be replaced (overwrite)."
+        )
+    _, params = split(model)
+    origin: Origin | None = vars(model).get("origin")
+    name, entries, content = describe(model, params, origin, architecture)
+    dtype = None if dtype is None else np.dtype(jnp.dtype(dtype))
+    items = [_item(entry, params, dtype) for entry in entries]
+    largest = max(items, key=lambda item: item.size)
+    content |= {"architectures": [name], "dtype": largest.dtype.name}
+    content.pop("torch_dtype", None)
+    first = jax.process_index() == 0
+    if first:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    else:
+        scratch = directory
+    try:
+        write_directory(scratch, items, max_shard_size, write=first)
+        if first:
+            text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+            (scratch / CONFIG).write_text(text, encoding="utf-8")
+            source = like if like is not None else origin and origin.directory
+            if source is not None and Path(source).is_dir():
+                _copy_companions(Path(source), scratch)
+            os.chmod(scratch, 0o777 & ~_umask())
+            _replace(scratch, directory)
+    except BaseException:
+        if first:
+            shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def describe(
+    model: nnx.Module, params: Mapping[str, Any], origin: Origin | None, architecture: str | None
+) -> tuple[str, list[Entry], dict[str, Any]]:
+    """The class that a model is saved as, its tensors, and the content of its `config.json`.
+
+    Raises:
+      ConversionError: if there is no such class.
+    """
+    known = families()
+    if architecture is not None:
+        names = [architecture]
+    elif origin is not None:
+        names = [origin.architecture]
+    else:
+        names = [name for name in known if known[name].model is type(model)]
+        if not names:
+            raise ConversionError(
+                f"No class of transformers corresponds to {type(model).__name__}. Those that "
+                f"mmjax converts: {', '.join(known.names())}."
+            )
+    shapes = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in params.items()}
+    reasons = []
+    for name in names:
+        family = known[name]
+        try:
+            entries = lay_out(family.rows(model.config), shapes)
+            hf = family.to_hf(model.config)
+            tensor_names = frozenset(entry.name for entry in entries)
+            again = family.from_hf(Source(hf, tensor_names, None))
+            difference = _difference(family, again, model.config)
+        except (ValueError, AttributeError) as error:
+            reasons.append(f"  {name}: {error}")
+            continue
+        if difference:
+            reasons.append(f"  {name} cannot say {', '.join(difference)}")
+            continue
+        return name, entries, _content(family, hf, model.config, origin, tensor_names)
+    raise ConversionError(
+        f"This {type(model).__name__} cannot be saved in a format of transformers:\n"
+        + "\n".join(reasons)
+    )
+
+
+def _difference(family: Family, theirs: Any, ours: Any) -> list[str]:
+    """Fields that differ, but for those of running and training and those that do not matter."""
+    theirs, ours = (
+        _flat(family.canonical(with_fields(config, **_RUNTIME))) for config in (theirs, ours)
+    )
+    return [
+        f"{key}={ours.get(key)!r} (it would be {theirs.get(key)!r})"
+        for key in sorted(theirs.keys() | ours.keys())
+        if theirs.get(key) != ours.get(key)
+    ]
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    result = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            result |= _flat(value, f"{prefix}{field.name}.")
+        else:
+            result[prefix + field.name] = value
+    return result
+
+
+def _content(
+    family: Family, hf: Any, config: Any, origin: Origin | None, names: frozenset[str]
+) -> dict[str, Any]:
+    """The config.json: that of the origin, but for what has changed since."""
+    new = json.loads(hf.to_json_string(use_diff=False))
+    if origin is None:
+        return new
+    original = json.loads(origin.config)
+    if original.get("model_type") != family.model_type:
+        return new
+    before = family.from_hf(Source(transformers_config(original, origin.directory), names, None))
+    if not _difference(family, before, config):
+        return original
+    old = json.loads(family.to_hf(before).to_json_string(use_diff=False))
+    return _with_changes(original, old, new)
+
+
+def _with_changes(original: dict, old: dict, new: dict) -> dict[str, Any]:
+    """`original`, with what differs between `old` and `new`."""
+    result = copy.deepcopy(original)
+    for key, value in new.items():
+        if old.get(key) == value:
+            continue
+        if isinstance(value, dict) and isinstance(result.get(key), dict):
+            result[key] = _with_changes(result[key], old.get(key) or {}, value)
+        else:
+            result[key] = value
+    return result
+
+
+def _item(entry: Entry, params: Mapping[str, Any], dtype: np.dtype | None) -> Item:
+    arrays = [params[path] for path in entry.paths]
+    kind = np.dtype(arrays[0].dtype) if dtype is None else dtype
+
+    def data() -> np.ndarray:
+        parts = arrays if entry.layer is None else [array[entry.layer] for array in arrays]
+        return to_host(_to_theirs(entry.transform.to_theirs, *parts).astype(kind))
+
+    return Item(entry.name, kind, entry.shape, data)
+
+
+def _to_theirs(transform: Callable[..., jax.Array], *parts: jax.Array) -> jax.Array:
+    return transform(*parts)
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """The whole array, also where it lies on devices of several processes."""
+    if not array.is_fully_addressable:
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
+
+
+def _copy_companions(source: Path, target: Path) -> None:
+    for pattern in COMPANIONS:
+        for file in source.glob(pattern):
+            place = target / file.relative_to(source)
+            place.parent.mkdir(exist_ok=True)
+            if file.is_file():
+                shutil.copy2(file, place)
+
+
+def _replace(scratch: Path, directory: Path) -> None:
+    """The new directory takes the place of the old one, which is there until then."""
+    old = None
+    if directory.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
+        os.replace(directory, old)
+    os.replace(scratch, directory)
+    if old is not None:
+        shutil.rmtree(old)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+__all__: Sequence[str] = ["COMPANIONS", "describe", "save_pretrained", "to_host"]
