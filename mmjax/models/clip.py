@@ -14,7 +14,7 @@ from mmjax.models.vit import ViT, ViTConfig
 from mmjax.nn.linear import Linear
 from mmjax.typing import Array, Bool, Float, Int, Key
 
-MAX_LOG_SCALE = math.log(100.0)
+MAX_SCALE = 100.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,18 +26,24 @@ class CLIPConfig:
       text: the text tower.
       embed_dim: width of the shared space.
       init_scale: what similarities are multiplied by at the start.
+      max_scale: what they are multiplied by at most; None for no limit. OpenAI's CLIP had it in
+        training, transformers has it nowhere.
     """
 
     image: ViTConfig
     text: TextConfig
     embed_dim: int
     init_scale: float = 1 / 0.07
+    max_scale: float | None = MAX_SCALE
 
     def __post_init__(self):
         if self.image.pooling == "none":
             raise ValueError("CLIP needs one vector per image: image.pooling must not be 'none'.")
-        if not 0 < self.init_scale <= 100:
-            raise ValueError(f"init_scale={self.init_scale} must be above 0 and at most 100.")
+        limit = math.inf if self.max_scale is None else self.max_scale
+        if not 0 < self.init_scale <= limit:
+            raise ValueError(
+                f"init_scale={self.init_scale} must be above 0 and at most max_scale={limit:g}."
+            )
 
 
 class CLIP(nnx.Module):
@@ -47,8 +53,12 @@ class CLIP(nnx.Module):
         self.config = config
         self.image = ViT(config.image, rngs=rngs)
         self.text = TextTransformer(config.text, rngs=rngs)
-        self.image_projection = Linear(config.image.width, config.embed_dim, bias=False, rngs=rngs)
-        self.text_projection = Linear(config.text.width, config.embed_dim, bias=False, rngs=rngs)
+        self.image_projection = Linear(
+            config.image.pooled_width, config.embed_dim, bias=False, rngs=rngs
+        )
+        self.text_projection = Linear(
+            config.text.pooled_width, config.embed_dim, bias=False, rngs=rngs
+        )
         self.logit_scale = nnx.Param(jnp.asarray(math.log(config.init_scale), jnp.float32))
 
     def encode_image(
@@ -69,8 +79,11 @@ class CLIP(nnx.Module):
         return unit(self.text_projection(pooled.astype(jnp.float32)))
 
     def scale_and_bias(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """What similarities are multiplied by, at most 100, and what is added to them: 0."""
-        return jnp.exp(at_most(self.logit_scale[...], MAX_LOG_SCALE)), jnp.zeros((), jnp.float32)
+        """What similarities are multiplied by, at most `max_scale`, and what is added: 0."""
+        log_scale = self.logit_scale[...]
+        if self.config.max_scale is not None:
+            log_scale = at_most(log_scale, math.log(self.config.max_scale))
+        return jnp.exp(log_scale), jnp.zeros((), jnp.float32)
 
     def __call__(
         self,

@@ -1,4 +1,8 @@
-"""SigLIP (Zhai et al., 2023): two towers trained with a sigmoid loss on each pair."""
+"""SigLIP (Zhai et al., 2023): two towers trained with a sigmoid loss on each pair.
+
+SigLIP 2 (Tschannen et al., 2025) of a fixed resolution is the same model; NaFlex has another image
+tower.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mmjax.models.contrastive import unit
+from mmjax.models.naflex import NaFlexConfig, NaFlexViT
 from mmjax.models.text import TextConfig, TextTransformer
 from mmjax.models.vit import ViT, ViTConfig
 from mmjax.nn.linear import Linear
+from mmjax.patches import Patches
 from mmjax.typing import Array, Bool, Float, Int, Key
 
 
@@ -39,22 +45,31 @@ class SigLIPConfig:
     @property
     def embed_dim(self) -> int:
         """Width of the shared space."""
-        return self.image.width
+        return self.image.pooled_width
+
+
+@dataclasses.dataclass(frozen=True)
+class NaFlexSigLIPConfig(SigLIPConfig):
+    """The same with an image tower for images of any shape."""
+
+    image: NaFlexConfig
 
 
 class SigLIP(nnx.Module):
     """images, tokens -> logits [images, texts]."""
 
+    image_tower: type[nnx.Module] = ViT
+
     def __init__(self, config: SigLIPConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.image = ViT(config.image, rngs=rngs)
+        self.image = self.image_tower(config.image, rngs=rngs)
         self.text = TextTransformer(config.text, rngs=rngs)
-        self.text_projection = Linear(config.text.width, config.embed_dim, rngs=rngs)
+        self.text_projection = Linear(config.text.pooled_width, config.embed_dim, rngs=rngs)
         self.logit_scale = nnx.Param(jnp.asarray(math.log(config.init_scale), jnp.float32))
         self.logit_bias = nnx.Param(jnp.asarray(config.init_bias, jnp.float32))
 
     def encode_image(
-        self, images: Float[Array, "b h w c"], *, rng: Key | None = None
+        self, images: Float[Array, "b h w c"] | Patches, *, rng: Key | None = None
     ) -> Float[Array, "b d"]:
         """Unit vectors, float32. `rng` turns the tower's dropouts on."""
         return unit(self.image(images, rng=rng).pooled)
@@ -76,9 +91,15 @@ class SigLIP(nnx.Module):
 
     def __call__(
         self,
-        images: Float[Array, "i h w c"],
+        images: Float[Array, "i h w c"] | Patches,
         tokens: Int[Array, "t l"],
         mask: Bool[Array, "t l"] | None = None,
     ) -> Float[Array, "i t"]:
         scale, bias = self.scale_and_bias()
         return scale * self.encode_image(images) @ self.encode_text(tokens, mask).T + bias
+
+
+class NaFlexSigLIP(SigLIP):
+    """`Patches`, tokens -> logits [images, texts]: SigLIP 2 NaFlex."""
+
+    image_tower = NaFlexViT

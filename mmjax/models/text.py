@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mmjax.models.checks import check_choice, check_dtype
+from mmjax.models.projection import Projection, ProjectionConfig
 from mmjax.nn import masks
 from mmjax.nn.linear import Embedding
 from mmjax.nn.norm import NORMS
 from mmjax.nn.partition import constrain
-from mmjax.nn.pooling import AttentionPool
+from mmjax.nn.pooling import AttentionPool, masked_mean
 from mmjax.nn.stack import BlockConfig, Stack
 from mmjax.typing import Array, Bool, Float, Int, Key
 
@@ -41,6 +42,7 @@ class TextConfig:
         end) or "mask".
       eos_id: of the end-of-text token; for pooling "eos".
       remat, unroll, dtype, drop_path: as in `ViTConfig`.
+      projection: what the pooled vector goes through, or None.
     """
 
     vocab_size: int
@@ -59,6 +61,7 @@ class TextConfig:
     remat: str = "none"
     unroll: int = 1
     dtype: str = "float32"
+    projection: ProjectionConfig | None = None
 
     def __post_init__(self):
         check_choice("attention", self.attention, ATTENTIONS)
@@ -81,6 +84,10 @@ class TextConfig:
             )
 
     @property
+    def pooled_width(self) -> int:
+        return self.width if self.projection is None else self.projection.width
+
+    @property
     def block(self) -> BlockConfig:
         return BlockConfig(
             width=self.width,
@@ -97,12 +104,13 @@ class TextOutput(NamedTuple):
 
     Attributes:
       tokens: [B, T, D] after the final norm.
-      pooled: [B, D].
+      pooled: [B, D], or [B, projection.width] where there is a projection; None where a model has
+        no such vector.
       features: [F, B, T, D], outputs of the blocks asked for, before any final norm, or None.
     """
 
     tokens: Array
-    pooled: Array
+    pooled: Array | None
     features: Array | None
 
 
@@ -126,6 +134,9 @@ class TextTransformer(nnx.Module):
         )
         self.final_norm = NORMS["layernorm"](width, eps=config.norm_eps)
         self.pool = AttentionPool(config.block, rngs=rngs) if config.pooling == "map" else None
+        self.projection = (
+            None if config.projection is None else Projection(width, config.projection, rngs=rngs)
+        )
 
     def __call__(
         self,
@@ -159,7 +170,10 @@ class TextTransformer(nnx.Module):
         attention_mask = _MASK[config.attention](length, hidden)
         x, outputs = self.encoder.run(x, features, mask=attention_mask, rng=rng)
         x = self.final_norm(x)
-        return TextOutput(x, _POOL[config.pooling](self, x, tokens, mask), outputs)
+        pooled = _POOL[config.pooling](self, x, tokens, mask)
+        if self.projection is not None:
+            pooled = self.projection(pooled)
+        return TextOutput(x, pooled, outputs)
 
 
 def _causal(length: int, valid: Array | None) -> masks.Mask:
@@ -195,9 +209,7 @@ def _last(text: TextTransformer, x: Array, tokens: Array, mask: Array | None) ->
 
 
 def _mean(text: TextTransformer, x: Array, tokens: Array, mask: Array | None) -> Array:
-    weights = jnp.ones(tokens.shape) if mask is None else mask.astype(jnp.float32)
-    total = jnp.einsum("btd,bt->bd", x, weights, preferred_element_type=jnp.float32)
-    return (total / jnp.maximum(jnp.sum(weights, axis=1), 1.0)[:, None]).astype(x.dtype)
+    return masked_mean(x, mask)
 
 
 def _map(text: TextTransformer, x: Array, tokens: Array, mask: Array | None) -> Array:

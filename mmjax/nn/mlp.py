@@ -34,6 +34,7 @@ ACTIVATIONS: Registry[Callable[[Array], Array]] = Registry("activation")
 ACTIVATIONS.register("gelu")(_lean(functools.partial(jax.nn.gelu, approximate=False)))
 ACTIVATIONS.register("gelu_tanh")(_lean(functools.partial(jax.nn.gelu, approximate=True)))
 ACTIVATIONS.register("relu")(jax.nn.relu)
+ACTIVATIONS.register("tanh")(_lean(jnp.tanh))
 ACTIVATIONS.register("silu")(_lean(jax.nn.silu))
 
 

@@ -11,7 +11,7 @@ from mmjax.nn.masks import Mask
 from mmjax.nn.mlp import MLP
 from mmjax.nn.norm import NORMS
 from mmjax.nn.stack import BlockConfig
-from mmjax.typing import Array, Float
+from mmjax.typing import Array, Bool, Float
 
 
 class AttentionPool(nnx.Module):
@@ -32,3 +32,12 @@ class AttentionPool(nnx.Module):
         probe = jnp.broadcast_to(self.probe[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
         y = self.attention(probe, x, mask=mask)
         return (y + self.mlp(self.norm(y)))[:, 0]
+
+
+def masked_mean(
+    x: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None = None
+) -> Float[Array, "b d"]:
+    """The mean of the valid tokens (all, if there is no mask), summed in float32; 0 of none."""
+    weights = jnp.ones(x.shape[:2]) if mask is None else mask.astype(jnp.float32)
+    total = jnp.einsum("bnd,bn->bd", x, weights, preferred_element_type=jnp.float32)
+    return (total / jnp.maximum(jnp.sum(weights, axis=1), 1.0)[:, None]).astype(x.dtype)

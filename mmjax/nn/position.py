@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mmjax.nn.resample import RESAMPLERS
 from mmjax.registry import Registry
 from mmjax.typing import Array, Float
 
@@ -22,11 +23,21 @@ class LearnedPosition(nnx.Module):
       grid: (rows, columns) the table is made for.
       prefix: number of tokens before the patches (the class token) that have one as well.
       width: of a token.
+      method: of interpolation; a name in `mmjax.nn.resample.RESAMPLERS`.
     """
 
-    def __init__(self, grid: tuple[int, int], prefix: int, width: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        grid: tuple[int, int],
+        prefix: int,
+        width: int,
+        *,
+        method: str = "bicubic",
+        rngs: nnx.Rngs,
+    ):
         self.grid = grid
         self.prefix = prefix
+        self.method = method
         init = nnx.initializers.normal(1 / math.sqrt(width))  # as in big_vision
         shape = (prefix + grid[0] * grid[1], width)
         self.embedding = nnx.Param(init(rngs.params(), shape, jnp.float32))
@@ -36,7 +47,7 @@ class LearnedPosition(nnx.Module):
         table = self.embedding[...]
         if grid == self.grid:
             return table
-        patches = interpolate_grid(table[self.prefix :], self.grid, grid)
+        patches = interpolate_grid(table[self.prefix :], self.grid, grid, self.method)
         return jnp.concatenate([table[: self.prefix], patches])
 
 
@@ -44,7 +55,15 @@ class LearnedPosition(nnx.Module):
 class SinCosPosition(nnx.Module):
     """Fixed sines and cosines of both coordinates; the prefix gets zeros. No parameters."""
 
-    def __init__(self, grid: tuple[int, int], prefix: int, width: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        grid: tuple[int, int],
+        prefix: int,
+        width: int,
+        *,
+        method: str = "bicubic",  # computed for any grid: there is nothing to interpolate
+        rngs: nnx.Rngs,
+    ):
         if width % 4 or width < 8:
             raise ValueError(f"Sine-cosine positions need a width of 8, 12, 16, ..., not {width}.")
         self.prefix = prefix
@@ -70,30 +89,19 @@ def sincos2d(grid: tuple[int, int], width: int, temperature: float = 10_000.0) -
 
 
 def interpolate_grid(
-    table: Float[Array, "n d"], source: tuple[int, int], target: tuple[int, int]
+    table: Float[Array, "n d"],
+    source: tuple[int, int],
+    target: tuple[int, int],
+    method: str = "bicubic",
 ) -> Float[Array, "m d"]:
-    """Resample a table of vectors from one grid to another.
+    """Resample a table of vectors from one grid to another, in float32.
 
-    Bicubic without antialiasing, in float32: what `interpolate_pos_encoding` of the vision
-    models in transformers does (torch's bicubic with align_corners=False).
+    Args:
+      method: a name in `mmjax.nn.resample.RESAMPLERS`. "bicubic" is what `interpolate_pos_encoding`
+        of most vision models in transformers does (torch's, with align_corners=False).
     """
-    rows = jnp.asarray(_bicubic(source[0], target[0]))
-    columns = jnp.asarray(_bicubic(source[1], target[1]))
+    rows = jnp.asarray(RESAMPLERS[method](source[0], target[0]))
+    columns = jnp.asarray(RESAMPLERS[method](source[1], target[1]))
     grid = table.astype(jnp.float32).reshape(*source, -1)
     grid = jnp.einsum("rh,hwd,cw->rcd", rows, grid, columns, precision="highest")
     return grid.reshape(target[0] * target[1], -1).astype(table.dtype)
-
-
-def _bicubic(source: int, target: int) -> np.ndarray:
-    """[target, source] weights of cubic convolution (Keys, 1981) with A = -0.75, edges repeated."""
-    a = -0.75
-    centre = (np.arange(target) + 0.5) * source / target - 0.5
-    first = np.floor(centre).astype(int)
-    weights = np.zeros((target, source))
-    for tap in range(-1, 3):
-        d = np.abs(centre - (first + tap))
-        near = (a + 2) * d**3 - (a + 3) * d**2 + 1
-        far = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
-        place = np.clip(first + tap, 0, source - 1)
-        np.add.at(weights, (np.arange(target), place), np.where(d <= 1, near, far))
-    return weights.astype(np.float32)
