@@ -1,0 +1,310 @@
+"""`generate`, and `Generator`, which keeps what repeated calls need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from mmjax import rules as tables
+from mmjax import sharding
+from mmjax.generation import programs
+from mmjax.generation.beam import EARLY_STOPPING, Search
+from mmjax.generation.programs import Choice
+from mmjax.generation.prompts import bucket, left_pad
+from mmjax.generation.sampling import Sampler
+from mmjax.generation.stopping import StopStrings
+from mmjax.nn import backend
+from mmjax.typing import Array, Key
+
+# Steps between two looks of the host at what is done.
+STEPS = 64
+STEPS_TO_STOP = 8  # where it looks for strings
+
+
+class Generated(NamedTuple):
+    """What a `Generator` returns.
+
+    Attributes:
+      tokens: [B, N] int32, the new tokens, an end token included; `pad_id` after the end. N is the
+        length of the longest.
+      lengths: [B], number of new tokens.
+      scores: [B], of beam search: log probability / length ** length_penalty. Else None.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    scores: np.ndarray | None
+
+
+def generate(
+    model: nnx.Module,
+    tokens: Array | np.ndarray | Sequence[Sequence[int]],
+    images: Any = None,
+    mask: Array | np.ndarray | None = None,
+    *,
+    mesh: Mesh | None = None,
+    rules: tables.Table = sharding.DEFAULT_RULES,
+    **options: Any,
+) -> np.ndarray:
+    """The new tokens [B, N] after each prompt. Options are those of `Generator.__call__`.
+
+    For more than one call with the same weights keep a `Generator`: on a CPU it copies the weights
+    into a layout that decodes faster, which this function does at each call. Programs are compiled
+    once, however they are called.
+
+    Args:
+      model: a language model (see `mmjax.models.lm`); of encoder-decoders, such as T5, the prompt
+        goes to the encoder.
+      tokens, images, mask: the prompts; see `Generator.__call__`.
+      mesh: devices to generate on, as in training; None: where the parameters are.
+      rules: sharding strategies by parameter path; see `mmjax.sharding`.
+
+    Raises:
+      ValueError: on options that contradict each other and prompts that do not fit.
+    """
+    return Generator(model, mesh=mesh, rules=rules)(tokens, images, mask, **options).tokens
+
+
+class Generator:
+    """A model ready to generate; `model`, `mesh` and `rules` as in `generate`.
+
+    Prompts are padded to one of few lengths, and so are caches: a program that was compiled serves
+    prompts of all lengths near by, and any number of new tokens that the cache has room for. What
+    one row yields does not depend on the other rows, except for rounding.
+    """
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        *,
+        mesh: Mesh | None = None,
+        rules: tables.Table = sharding.DEFAULT_RULES,
+    ):
+        self.model = model
+        self.mesh = mesh
+        self._reading = programs.weights(model, mesh, rules)
+        self._stepping = self._reading
+        if backend.platform() == "cpu":
+            # A step does little but read every weight, and here a slice of stacked weights is a
+            # copy. On accelerators it costs nothing.
+            self._stepping = programs.weights(model.unstack(), mesh, rules)
+
+    def __call__(
+        self,
+        tokens: Array | np.ndarray | Sequence[Sequence[int]],
+        images: Any = None,
+        mask: Array | np.ndarray | None = None,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
+        early_stopping: bool | str = False,
+        eos_id: int | Sequence[int] | None = None,
+        pad_id: int | None = None,
+        stop_strings: str | Sequence[str] = (),
+        decode: Callable[[list[int]], str] | None = None,
+        key: Key | None = None,
+        stream: Callable[[list[list[int]]], None] | None = None,
+        stream_every: int = 1,
+    ) -> Generated:
+        """Continue each prompt until an end token, a stop string or `max_new_tokens`.
+
+        Args:
+          tokens: [B, T], or a list of B lists of ids.
+          images: for models that see; language models take none.
+          mask: [B, T], False at padding, on whichever side.
+          temperature: 0 takes the most probable token ("greedy"); above it, tokens are drawn.
+          top_k, top_p, min_p, repetition_penalty: see `Sampler`.
+          num_beams: above 1, beam search; see `Search` for length_penalty and early_stopping.
+          eos_id: end token or tokens.
+          pad_id: what follows an end; the first end token if None, or 0.
+          stop_strings: a text ends with the token that completes one of these.
+          decode: ids -> text, such as a tokenizer's `decode`; for stop strings.
+          key: a random key, or an array of one typed key for each row. A row draws the same with
+            the same key, whatever its neighbours.
+          stream: called with the new tokens of each row, as they come.
+          stream_every: after so many steps.
+
+        Raises:
+          ValueError: on options that contradict each other and prompts that do not fit.
+        """
+        if images is not None:
+            raise ValueError(f"{type(self.model).__name__} takes no images: leave `images` out.")
+        config, encodes = self.model.config, self.model.encoder_decoder
+        padded, valid = left_pad(tokens, mask, config.vocab_size, config.limit)
+        _check_length(valid, max_new_tokens, None if encodes else config.limit)
+        room = bucket(max_new_tokens if encodes else padded.shape[1] + max_new_tokens)
+        eos = _ends(eos_id, config.vocab_size)
+        pad = int(eos[0]) if eos.size and pad_id is None else pad_id or 0
+        sampler = _sampler(temperature, top_k, top_p, min_p, repetition_penalty)
+        keys = None if sampler.temperature is None else _row_keys(key, len(padded))
+        choice = self._place(Choice(sampler, keys, eos, np.int32(pad)))
+        prompts = (self._place(padded, batch=True), self._place(valid, batch=True))
+        stops = StopStrings(stop_strings, decode)
+        if num_beams != 1:
+            if sampler.temperature is not None or stops or stream is not None:
+                raise ValueError(
+                    "Beam search knows its tokens only at the end, and draws none: it goes with "
+                    "neither a temperature, nor stop_strings, nor stream. Use num_beams=1 for them."
+                )
+            search = _search(num_beams, length_penalty, early_stopping, max_new_tokens)
+            return self._search(prompts, choice, self._place(search), room)
+        if stream_every < 1:
+            raise ValueError(f"stream_every={stream_every} must be at least 1.")
+        every = stream_every if stream is not None else STEPS_TO_STOP if stops else STEPS
+        return self._decode(prompts, choice, room, max_new_tokens, stops, stream, every)
+
+    def _decode(
+        self,
+        prompts: tuple[Any, Any],
+        choice: Choice,
+        room: int,
+        new_tokens: int,
+        stops: StopStrings,
+        stream: Callable[[list[list[int]]], None] | None,
+        every: int,
+    ) -> Generated:
+        state = programs.start(*self._reading, *prompts, choice, room=room)
+        told = 0
+        while True:
+            tokens, lengths, done = jax.device_get((state.tokens, state.lengths, state.done))
+            chosen = int(lengths.max())
+            if stops:
+                tokens, lengths, done = stops.cut(tokens, lengths, done, told, int(choice.pad))
+                state = state._replace(lengths=self._place(lengths), done=self._place(done))
+            if stream is not None:
+                rows = zip(tokens, lengths, strict=True)
+                stream([row[told:length].tolist() for row, length in rows])
+            told = chosen
+            if told >= new_tokens or done.all():
+                return Generated(tokens[:, : lengths.max()], lengths, None)
+            limit = self._place(np.int32(min(told + every, new_tokens)))
+            state = programs.decode(*self._stepping, state, choice, limit)
+
+    def _search(
+        self, prompts: tuple[Any, Any], choice: Choice, search: Search, room: int
+    ) -> Generated:
+        beams = programs.start_search(*self._reading, *prompts, choice, search, room=room)
+        beams = programs.continue_search(*self._stepping, beams, choice, search)
+        tokens, lengths, scores = jax.device_get((beams.finished, beams.lengths, beams.scores))
+        longest = lengths[:, 0].max()
+        return Generated(tokens[:, 0, :longest], lengths[:, 0], scores[:, 0])
+
+    def _place(self, tree: Any, *, batch: bool = False) -> Any:
+        """Host values on every device, or, for a batch, divided over the devices."""
+        if self.mesh is None:
+            return tree
+        where = sharding.replicated(self.mesh)
+        if batch and len(tree) % sharding.batch_shards(self.mesh) == 0:
+            where = sharding.batch_sharding(self.mesh)
+        return jax.tree.map(lambda leaf: _put(leaf, where), tree)
+
+
+def _put(x: Any, where: Any) -> Array:
+    """A host value that all processes have, or an array, laid out on the mesh."""
+    if isinstance(x, jax.Array):
+        return jax.device_put(x, where)
+    return sharding.place_like_sharding(x, where)
+
+
+def _check_length(valid: np.ndarray, new_tokens: int, limit: int | None) -> None:
+    """Raises ValueError if there is no room for the new tokens."""
+    if new_tokens < 1:
+        raise ValueError(f"max_new_tokens={new_tokens} must be at least 1.")
+    longest = int(valid.sum(axis=1).max())
+    if limit is not None and longest + new_tokens > limit:
+        raise ValueError(
+            f"A prompt of {longest} tokens and max_new_tokens={new_tokens} exceed the model's "
+            f"limit of {limit} positions: at most {max(limit - longest, 0)} tokens can follow."
+        )
+
+
+def _ends(eos_id: int | Sequence[int] | None, vocab_size: int) -> np.ndarray:
+    """The end tokens [E], each once; raises ValueError if one is outside of the vocabulary."""
+    given = [] if eos_id is None else np.reshape(eos_id, -1).tolist()
+    outside = [token for token in given if not 0 <= token < vocab_size]
+    if outside:
+        raise ValueError(f"eos_id={outside} is outside of a vocabulary of {vocab_size} tokens.")
+    return np.array(list(dict.fromkeys(given)), np.int32)
+
+
+def _sampler(
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    repetition_penalty: float | None,
+) -> Sampler:
+    """Raises ValueError on values that mean nothing, and options of sampling without sampling."""
+    drawn = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+    given = [name for name, value in drawn.items() if value is not None]
+    if not temperature >= 0:
+        raise ValueError(f"temperature={temperature} must be 0 (the most probable token) or above.")
+    if temperature == 0 and given:
+        raise ValueError(
+            f"{', '.join(given)} choose from what is drawn, but temperature=0 takes the most "
+            "probable token: give a temperature, such as 1.0."
+        )
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k} must be at least 1.")
+    for name, value in (("top_p", top_p), ("min_p", min_p)):
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"{name}={value} is a probability: from 0 to 1.")
+    if repetition_penalty is not None and not repetition_penalty > 0:
+        raise ValueError(f"repetition_penalty={repetition_penalty} must be above 0 (1: none).")
+
+    def number(value: float | None) -> np.float32 | None:
+        return None if value is None else np.float32(value)
+
+    return Sampler(
+        temperature=number(temperature or None),
+        top_p=number(top_p),
+        min_p=number(min_p),
+        repetition_penalty=number(repetition_penalty),
+        top_k=top_k,
+    )
+
+
+def _search(
+    num_beams: int, length_penalty: float, early_stopping: bool | str, new_tokens: int
+) -> Search:
+    if num_beams < 1:
+        raise ValueError(f"num_beams={num_beams} must be at least 1.")
+    if early_stopping not in EARLY_STOPPING:
+        raise ValueError(f"early_stopping={early_stopping!r} must be one of {EARLY_STOPPING}.")
+    return Search(
+        length_penalty=np.float32(length_penalty),
+        steps=np.int32(new_tokens),
+        beams=num_beams,
+        early_stopping=early_stopping if early_stopping == "never" else bool(early_stopping),
+    )
+
+
+def _row_keys(key: Key | None, rows: int) -> Array:
+    """A key for each row.
+
+    Raises:
+      ValueError: if there is no key, or a number of keys that is not the number of rows.
+    """
+    if key is None:
+        raise ValueError("temperature above 0 draws tokens: give key=jax.random.key(0).")
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    if key.ndim == 0:
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
+    if key.shape != (rows,):
+        raise ValueError(
+            f"key has shape {key.shape}: give one key, or one for each of {rows} rows."
+        )
+    return key
