@@ -5,6 +5,7 @@ python -m experiments.bench loader
 python -m experiments.bench loss-memory
 python -m experiments.bench compile
 python -m experiments.bench frozen
+python -m experiments.bench load
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ BENCHES = {
     "loss-memory": "experiments._bench_loss",
     "compile": "experiments._bench_compile",
     "frozen": "experiments._bench_frozen",
+    "load": "experiments._bench_load",
 }
 
 

@@ -40,6 +40,17 @@ def parser(description: str, *, workdir: bool = True) -> argparse.ArgumentParser
     return result
 
 
+def plain_parser(doc: str) -> argparse.ArgumentParser:
+    """Arguments of a command without a config.
+
+    Args:
+      doc: the command's module docstring.
+    """
+    return argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+
+
 def parse(
     result: argparse.ArgumentParser, argv: Sequence[str] | None
 ) -> tuple[argparse.Namespace, ConfigDict]:

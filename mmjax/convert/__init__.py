@@ -1,11 +1,18 @@
 """Checkpoints of Hugging Face format, both ways."""
 
 from mmjax.convert.family import FAMILIES, Family, Origin, Source
-from mmjax.convert.load import from_pretrained, open_checkpoint
+from mmjax.convert.load import (
+    CONFIG,
+    from_pretrained,
+    load_params,
+    model_config,
+    open_checkpoint,
+)
 from mmjax.convert.save import save_pretrained
 from mmjax.convert.table import ConversionError, Row
 
 __all__ = [
+    "CONFIG",
     "FAMILIES",
     "ConversionError",
     "Family",
@@ -13,6 +20,8 @@ __all__ = [
     "Row",
     "Source",
     "from_pretrained",
+    "load_params",
+    "model_config",
     "open_checkpoint",
     "save_pretrained",
 ]

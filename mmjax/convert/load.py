@@ -17,11 +17,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from mmjax import rules as rule_tables
 from mmjax import sharding
-from mmjax.convert import files, gguf
+from mmjax.convert import files, gguf, resize
 from mmjax.convert.family import Family, Origin, Source, find, read_json, transformers_config
 from mmjax.convert.kinds import Transform
 from mmjax.convert.table import ConversionError, Entry, check, lay_out, rename
+from mmjax.models import MODELS
 from mmjax.params import Params, abstract, merge
+from mmjax.registry import nearest
 
 CONFIG = "config.json"
 
@@ -107,13 +109,81 @@ def from_pretrained(
         checkpoint._replace(config=config), _where(mesh, rules), lambda path, shape: dtype
     )
     if image_size is not None:
-        from mmjax.convert.resize import resized
-
-        config, params = resized(config, params, image_size)
+        config, params = resize.resized(config, params, image_size)
         graph, _ = abstract(lambda: checkpoint.family.model(config, rngs=nnx.Rngs(0)))
     model = merge(graph, params)
     model.origin = checkpoint.origin
     return model
+
+
+def model_config(directory: str | Path) -> dict[str, Any]:
+    """The `config.model` of an experiment, for the model in a directory: its name and fields.
+
+    Raises:
+      ConversionError: see `from_pretrained`.
+    """
+    checkpoint = open_checkpoint(directory)
+    names = [name for name in MODELS if MODELS[name][1] is checkpoint.family.model]
+    if not names:
+        raise ConversionError(
+            f"{directory}: a {checkpoint.origin.architecture} is not trained on its own. Take its "
+            "weights by config.init into a model that has such a part."
+        )
+    return {"name": names[0], **dataclasses.asdict(checkpoint.config)}
+
+
+def load_params(directory: str | Path, targets: Params) -> Params:
+    """Some parameters of a checkpoint, straight into sharded arrays.
+
+    Position tables made for another resolution are interpolated, as the model would do.
+
+    Args:
+      targets: {path in that model: shape with sharding and type}.
+
+    Returns:
+      {path in that model: array}.
+
+    Raises:
+      ConversionError: if a parameter is not there, or has another shape; all are listed.
+    """
+    checkpoint = open_checkpoint(directory)
+    _, shapes = abstract(lambda: checkpoint.family.model(checkpoint.config, rngs=nnx.Rngs(0)))
+    tables = resize.position_tables(checkpoint.config)
+    resampled = {
+        path
+        for path, target in targets.items()
+        if path in tables and shapes[path].shape != target.shape
+    }
+    problems = [
+        f"  {path!r} is not there; {nearest(path, shapes)}"
+        for path in targets
+        if path not in shapes
+    ]
+    problems += [
+        f"  {path!r} has shape {shapes[path].shape} there, {target.shape} here"
+        for path, target in targets.items()
+        if path in shapes and path not in resampled and shapes[path].shape != target.shape
+    ]
+    if problems:
+        raise ConversionError(
+            f"{directory} does not hold the parameters asked for:\n" + "\n".join(problems)
+        )
+    anywhere = SingleDeviceSharding(jax.local_devices()[0])
+
+    def shardings(shapes: Params) -> dict[str, Sharding]:
+        return {
+            path: targets[path].sharding if path in targets and path not in resampled else anywhere
+            for path in shapes
+        }
+
+    def dtype(path: str, shape: tuple[int, ...]) -> np.dtype:
+        return targets[path].dtype if path in targets else np.dtype(np.float32)
+
+    _, params = load(checkpoint, shardings, dtype, lambda path: path in targets)
+    for path in resampled:
+        table = resize.resized_table(params[path], tables[path], targets[path].shape[0])
+        params[path] = jax.device_put(table, targets[path].sharding)
+    return params
 
 
 def load(

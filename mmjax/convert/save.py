@@ -34,6 +34,8 @@ _RUNTIME = {
     "partial_patches": "crop",
     "init_scale": 1.0,
     "init_bias": 0.0,
+    "max_scale": None,
+    "padding": "attend",
 }
 
 # Files beside the weights that belong to a checkpoint.
@@ -110,8 +112,7 @@ def save_pretrained(
             source = like if like is not None else origin and origin.directory
             if source is not None and Path(source).is_dir():
                 _copy_companions(Path(source), scratch)
-            os.chmod(scratch, 0o777 & ~_umask())
-            _replace(scratch, directory)
+            replace_directory(scratch, directory)
     except BaseException:
         if first:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -245,8 +246,9 @@ def _copy_companions(source: Path, target: Path) -> None:
                 shutil.copy2(file, place)
 
 
-def _replace(scratch: Path, directory: Path) -> None:
-    """The new directory takes the place of the old one, which is there until then."""
+def replace_directory(scratch: Path, directory: Path) -> None:
+    """A finished scratch directory takes the place of the old one, which is there until then."""
+    os.chmod(scratch, 0o777 & ~_umask())  # scratch directories are private
     old = None
     if directory.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 import mmjax
-from mmjax import rules, sharding
+from mmjax import convert, rules, sharding
 from mmjax.config import ConfigError, dataclass_from, split_name
 from mmjax.nn import backend
 from mmjax.nn.partition import activation_sharding
@@ -309,20 +309,24 @@ def prepare(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
 
 
 def load_initial(experiment: Experiment) -> Params:
-    """Parameters that config.init takes from other runs, straight into sharded arrays.
+    """Parameters that config.init takes from elsewhere, straight into sharded arrays.
 
-    Rows of config.init are (pattern over this model's paths, work directory, path there); the third
-    may refer to groups of the pattern: `("image/(.*)", "runs/vit", r"\\1")`. The first match wins;
-    what no row matches is initialised at random.
+    Rows of config.init are (pattern over this model's paths, source, path there); the third may
+    refer to groups of the pattern: `("image/(.*)", "runs/vit", r"\\1")`. The first match wins; what
+    no row matches is initialised at random. A source is the work directory of a run, or a
+    checkpoint of Hugging Face format (its paths are those of the model that
+    `mmjax.from_pretrained` makes of it); position tables of the latter are interpolated to this
+    model's resolution.
 
     Raises:
       CheckpointError: if a run has no checkpoint, or lacks a parameter.
+      ConversionError: if a checkpoint cannot be read, or lacks a parameter.
       RuleError: if a row matches nothing.
     """
     wanted: dict[str, dict[str, str]] = {}
     left = list(experiment.shapes)
     for row in experiment.config.init:
-        pattern, workdir, there = row
+        pattern, source, there = row
         taken = [path for path in left if re.fullmatch(pattern, path)]
         if not taken:
             raise rules.RuleError(
@@ -331,15 +335,24 @@ def load_initial(experiment: Experiment) -> Params:
             )
         left = [path for path in left if path not in taken]
         for path in taken:
-            wanted.setdefault(workdir, {})[path] = re.fullmatch(pattern, path).expand(there)
+            wanted.setdefault(source, {})[path] = re.fullmatch(pattern, path).expand(there)
     loaded: Params = {}
     targets = experiment.target_params()
-    for workdir, names in wanted.items():
-        _, arrays = checkpoints.restore_params(
-            Path(workdir) / "checkpoints", {there: targets[here] for here, there in names.items()}
-        )
+    for source, names in wanted.items():
+        arrays = _read_params(Path(source), {there: targets[here] for here, there in names.items()})
         loaded |= {here: arrays[there] for here, there in names.items()}
     return loaded
+
+
+def _read_params(source: Path, targets: Params) -> Params:
+    if source.is_file() or ((source / convert.CONFIG).exists() and not _is_run(source)):
+        return convert.load_params(source, targets)
+    return checkpoints.restore_params(source / "checkpoints", targets)[1]
+
+
+def _is_run(directory: Path) -> bool:
+    """A run has a config.json as well, which is not that of a model."""
+    return (directory / "checkpoints").is_dir()
 
 
 def _with_value(config: ConfigDict, key: str, value: Any) -> ConfigDict:

@@ -1,0 +1,185 @@
+"""Convert checkpoints: Hugging Face directories, GGUF files and Orbax checkpoints.
+
+    python -m experiments.convert --source DIR --target NEW_DIR [--to hf|orbax] [--verify]
+
+The source is a directory of Hugging Face format, a GGUF file, the work directory of a run, or what
+this command wrote as Orbax. By default the target has the other format (of a GGUF file: hf).
+An Orbax target has the layout of a work directory, so that `config.init` can name it.
+--verify compares with transformers, layer by layer, and fails where they differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments import common
+from mmjax.config import ConfigError
+
+MODEL = "model.json"
+
+
+def main(argv: Sequence[str] | None) -> int:
+    parser = common.plain_parser(__doc__)
+    parser.add_argument("--source", required=True, help="directory, or .gguf file")
+    parser.add_argument("--target", help="a new directory; may be left out with --verify")
+    parser.add_argument("--to", choices=("hf", "orbax"), help="format of the target")
+    parser.add_argument("--architecture", help="class in transformers to save as, e.g. CLIPModel")
+    parser.add_argument("--like", help="directory of transformers whose tokenizer files are taken")
+    parser.add_argument("--dtype", help="of the tensors written; as they are by default")
+    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="of a file of weights")
+    parser.add_argument("--overwrite", action="store_true", help="replace the target if it exists")
+    parser.add_argument("--verify", action="store_true", help="print the parity table")
+    args = parser.parse_args(argv)
+    if args.target is None and not args.verify:
+        raise ConfigError("Give --target, or --verify to compare only.")
+    source = Path(args.source)
+    run = is_orbax(source)
+    to = args.to or ("orbax" if source.is_dir() and not run else "hf")
+    target = None if args.target is None else Path(args.target)
+    if target is not None:
+        _check_target(source, target, overwrite=args.overwrite)
+    model = read_orbax(source) if run else _from_pretrained(source)
+    if target is not None:
+        if to == "orbax":
+            write_orbax(model, target, args.dtype, overwrite=args.overwrite)
+        else:
+            _to_hf(model, target, args)
+        print(f"{target} is written ({to}).", flush=True)
+    if args.verify:
+        return _verify(model, source, target, to)
+    return 0
+
+
+def is_orbax(directory: Path) -> bool:
+    """Whether it is a run's work directory, or what `write_orbax` wrote."""
+    return (directory / "checkpoints").is_dir()
+
+
+def read_orbax(directory: Path):
+    """The model of a run (of its last checkpoint), or of what `write_orbax` wrote.
+
+    Raises:
+      CheckpointError, ConfigError: if there is none, or it is damaged.
+    """
+    import jax
+    from flax import nnx
+
+    import mmjax
+    from mmjax.convert.family import Origin
+    from mmjax.params import abstract, merge
+    from mmjax.train.checkpoints import restore_params
+
+    described = directory / MODEL
+    run = directory / "config.json"
+    stored = described if described.exists() else run
+    if not stored.exists():
+        raise ConfigError(f"{directory} has checkpoints, but neither {MODEL} nor config.json.")
+    content = json.loads(stored.read_text("utf-8"))
+    graph, shapes = abstract(lambda: mmjax.build(content["model"], rngs=nnx.Rngs(0)))
+    where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    targets = {
+        path: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
+        for path, shape in shapes.items()
+    }
+    _, params = restore_params(directory / "checkpoints", targets)
+    model = merge(graph, params)
+    if content.get("origin"):
+        model.origin = Origin(**content["origin"])
+    return model
+
+
+def write_orbax(model, directory: Path, dtype: str | None, *, overwrite: bool) -> None:
+    """The parameters as an Orbax checkpoint, in the layout of a run's work directory."""
+    import dataclasses
+
+    import jax
+    import orbax.checkpoint as ocp
+
+    from mmjax.convert.save import replace_directory
+    from mmjax.models import MODELS
+    from mmjax.params import split
+
+    names = [name for name in MODELS if MODELS[name][1] is type(model)]
+    if not names:
+        raise ConfigError(
+            f"A {type(model).__name__} has no name among mmjax's models, by which it could be "
+            "built again: convert the whole model it is a part of."
+        )
+    _, params = split(model)
+    if dtype is not None:
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
+    origin = vars(model).get("origin")
+    content = {
+        "model": {"name": names[0], **dataclasses.asdict(model.config)},
+        "origin": origin and dataclasses.asdict(origin),
+    }
+    directory = directory.absolute()
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save(scratch / "checkpoints" / "0" / "state", {"trainable": params})
+        text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+        (scratch / MODEL).write_text(text, encoding="utf-8")
+        replace_directory(scratch, directory)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def _from_pretrained(source: Path):
+    from mmjax.convert import from_pretrained
+
+    return from_pretrained(source)
+
+
+def _to_hf(model, target: Path, args: argparse.Namespace) -> None:
+    from mmjax.convert import save_pretrained
+
+    like = args.like
+    tokenizer = Path(args.source) / "tokenizer"
+    if like is None and tokenizer.is_dir():  # a run's own tokenizer
+        like = tokenizer
+    save_pretrained(
+        model,
+        target,
+        architecture=args.architecture,
+        like=like,
+        dtype=args.dtype,
+        max_shard_size=int(args.max_shard_gb * 10**9),
+        overwrite=args.overwrite,
+    )
+
+
+def _check_target(source: Path, target: Path, *, overwrite: bool) -> None:
+    if target.exists() and source.exists() and target.samefile(source):
+        raise ConfigError("--source and --target are the same directory.")
+    if not overwrite and target.exists() and (target.is_file() or any(target.iterdir())):
+        raise FileExistsError(
+            f"{target} is there already and nothing was written: choose another --target, or say "
+            "--overwrite."
+        )
+
+
+def _verify(model, source: Path, target: Path | None, to: str) -> int:
+    """Compares with transformers, which reads the source or what was written."""
+    from experiments._verify import parity_table
+
+    hf = target if target is not None and to == "hf" else source
+    if not (hf / "config.json").is_file() or is_orbax(hf):
+        raise ConfigError(
+            "--verify compares with a directory that transformers reads: the source or the target "
+            "must be of Hugging Face format."
+        )
+    text, agrees = parity_table(model, hf)
+    print(text, flush=True)
+    return 0 if agrees else 1
+
+
+if __name__ == "__main__":
+    common.run(main)
