@@ -87,9 +87,13 @@ def check_loaded(image: Image.Image) -> Image.Image:
     return image
 
 
+# Where the formats keep an orientation (TIFF files are turned by Pillow itself).
+_METADATA = frozenset(["exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"])
+
+
 def is_turned(image: Image.Image) -> bool:
-    """Whether EXIF says that the stored pixels are not upright."""
-    if "exif" not in image.info:
+    """Whether EXIF (or XMP) says that the stored pixels are not upright."""
+    if _METADATA.isdisjoint(image.info):
         return False
     try:
         return image.getexif().get(_EXIF_ORIENTATION, 1) != 1
@@ -103,15 +107,19 @@ def decode(data: bytes | np.ndarray | Image.Image) -> Image.Image:
 
 
 def flatten(image: Image.Image) -> Image.Image:
-    """To RGB, transparency on white, as transformers' `convert_to_rgb`. Handles P, L, LA, CMYK, 16
-    bit."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
+    """To RGB, transparency on white, 16-bit and float greyscale scaled to 0..255."""
     if image.mode.startswith("I") or image.mode == "F":
-        # 16-bit and float greyscale: PIL would clip at 255.
+        # PIL (and so transformers) would clip at 255.
         pixels = np.asarray(image, np.float32)
         top = 65535.0 if image.mode.startswith("I;16") or pixels.max(initial=0) > 255 else 255.0
         image = Image.fromarray(np.clip(pixels * (255.0 / top), 0, 255).astype(np.uint8))
+    return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """To RGB, transparency on white, as transformers' `convert_to_rgb`, pixel by pixel."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -164,10 +172,16 @@ def _squash(image: Image.Image, resample: Image.Resampling, size: int) -> Image.
     return image.resize((size, size), resample)
 
 
+def short_side(height: int, width: int, side: int) -> tuple[int, int]:
+    """(height, width) of the same shape whose short side is `side`; the long one is cut, not
+    rounded, as in transformers."""
+    short = min(height, width)
+    return int(side * height / short), int(side * width / short)
+
+
 def _crop(image: Image.Image, resample: Image.Resampling, size: int) -> Image.Image:
-    width, height = image.size
-    short = min(width, height)
-    image = image.resize((int(size * width / short), int(size * height / short)), resample)
+    height, width = short_side(image.height, image.width, size)
+    image = image.resize((width, height), resample)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 

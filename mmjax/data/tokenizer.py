@@ -19,7 +19,7 @@ import numpy as np
 import tokenizers
 
 from mmjax.config import split_name
-from mmjax.data.sources import existing, get_field, open_source
+from mmjax.data.sources import DataNotFoundError, existing, get_field, open_source
 from mmjax.data.spec import DataSpec, call_strictly, parse, plain
 from mmjax.data.tfds_source import locked
 from mmjax.registry import Registry
@@ -71,6 +71,44 @@ class TrainedTokenizer:
         return cls(tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json")))
 
 
+# Any of these makes a directory one with a tokenizer.
+HF_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+)
+
+
+def open_hf_tokenizer(directory: str | os.PathLike) -> Any:
+    """The tokenizer of transformers in a directory; one that cannot pad does so with its end token.
+
+    Raises:
+      ValueError: no tokenizer there, or files that cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    path = existing(directory, "The tokenizer directory")
+    if not any((path / name).exists() for name in HF_TOKENIZER_FILES):
+        raise DataNotFoundError(
+            f"{path} holds no tokenizer: none of {', '.join(HF_TOKENIZER_FILES)}."
+        )
+    try:
+        backend = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise ValueError(
+            f"The tokenizer in {path} cannot be read: {type(error).__name__}: {error}"
+        ) from error
+    if backend.pad_token_id is None:
+        if backend.eos_token is None:
+            raise ValueError(f"The tokenizer in {path} has neither a padding nor an end token.")
+        backend.pad_token = backend.eos_token
+    return backend
+
+
 class HFTokenizer:
     """A tokenizer directory of transformers, with the conventions of its model.
 
@@ -87,17 +125,10 @@ class HFTokenizer:
     def __init__(
         self, directory: str, attend_padding: bool | None = None, lower_case: bool = False
     ):
-        from transformers import AutoTokenizer
-
-        path = existing(directory, "The tokenizer directory")
-        self._backend = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        self._backend = open_hf_tokenizer(directory)
         says_masked = "attention_mask" in self._backend.model_input_names
         self._masked = says_masked if attend_padding is None else not attend_padding
         self._lower_case = lower_case
-        if self._backend.pad_token_id is None:
-            if self._backend.eos_token is None:
-                raise ValueError(f"The tokenizer in {path} has neither a padding nor an end token.")
-            self._backend.pad_token = self._backend.eos_token
         self._backend.padding_side = "right"
         self.vocab_size: int = len(self._backend)
         self.pad_id: int | None = self._backend.pad_token_id
