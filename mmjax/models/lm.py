@@ -99,6 +99,21 @@ class LMConfig:
 
     def __post_init__(self):
         check_dtype(self.dtype)
+        self._check()
+        # Fields that say what is so anyway become None: equal configs compute the same.
+        usual = {
+            "kv_heads": self.heads,
+            "head_dim": self.width / self.heads,
+            "embed_width": self.width,
+            "scale": self.head_width**-0.5,
+            "window_layers": tuple(range(self.depth)),
+            "window_rope": self.rope,
+        }
+        for name, value in usual.items():
+            if getattr(self, name) == value:
+                object.__setattr__(self, name, None)
+
+    def _check(self) -> None:
         if self.window is not None and self.window < 1:
             raise ValueError(f"window={self.window} must be at least 1: the token itself.")
         if self.window is None and (self.window_layers is not None or self.window_rope is not None):
@@ -107,7 +122,7 @@ class LMConfig:
                 "layers have a window, but there is none: set `window`."
             )
         if self.window_layers is not None:
-            object.__setattr__(self, "window_layers", tuple(sorted(self.window_layers)))
+            object.__setattr__(self, "window_layers", tuple(sorted(set(self.window_layers))))
             outside = [layer for layer in self.window_layers if not 0 <= layer < self.depth]
             if not self.window_layers:
                 raise ValueError("window_layers=() names no layer: leave out the window as well.")
@@ -123,6 +138,11 @@ class LMConfig:
                 f"position_offset={self.position_offset} is a row of a position table, which there "
                 "is not with a rotary embedding."
             )
+
+    @property
+    def head_width(self) -> int:
+        """Of an attention head."""
+        return self.width // self.heads if self.head_dim is None else self.head_dim
 
     @property
     def limit(self) -> int | None:
@@ -206,14 +226,11 @@ class LM(nnx.Module):
         width, init = config.width, nnx.initializers.normal(0.02)
         embed_width = width if config.embed_width is None else config.embed_width
         self.token = Embedding(config.vocab_size, embed_width, init=init, rngs=rngs)
-        self.embed_in, self.embed_out = None, None
-        if embed_width != width:
-            self.embed_in = Linear(embed_width, width, bias=False, rngs=rngs)
-            self.embed_out = Linear(width, embed_width, bias=False, rngs=rngs)
-        self.position = None
-        if config.rope is None:
-            rows = config.position_offset + config.max_len
-            self.position = Embedding(rows, width, init=init, rngs=rngs)
+        mapped = embed_width != width
+        self.embed_in = Linear(embed_width, width, bias=False, rngs=rngs) if mapped else None
+        rows = config.position_offset + config.max_len
+        learned = config.rope is None
+        self.position = Embedding(rows, width, init=init, rngs=rngs) if learned else None
         self.decoder = Stack(
             config.block,
             config.depth,
@@ -224,6 +241,7 @@ class LM(nnx.Module):
         )
         norm = NORMS[config.norm]
         self.final_norm = norm(width, eps=config.norm_eps) if config.final_norm else None
+        self.embed_out = Linear(width, embed_width, bias=False, rngs=rngs) if mapped else None
         self.head = (
             None
             if config.tied
@@ -392,7 +410,7 @@ class LM(nnx.Module):
     def _layers(self, positions: Array) -> tuple[Rotation | None, Layers | None]:
         """The rotation of all layers, or else what they differ in."""
         config = self.config
-        head_dim = config.width // config.heads if config.head_dim is None else config.head_dim
+        head_dim = config.head_width
 
         def rotation(windowed: bool) -> Rotation | None:
             rope = config.rope if config.window_rope is None or not windowed else config.window_rope
