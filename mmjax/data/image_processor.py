@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -34,22 +34,11 @@ from mmjax.data.image_options import (
     parse_options,
 )
 from mmjax.data.sources import existing
+from mmjax.patches import Patches
 from mmjax.registry import Registry
 
 ImageInput = str | os.PathLike | bytes | np.ndarray | Image.Image
 _NO_PADDING = (0, 0)
-
-
-class Patches(NamedTuple):
-    """Images as padded lists of patches (SigLIP 2's NaFlex).
-
-    patches [B, N, patch * patch * 3] float32, row by row, zero at padding; shapes [B, 2] int32,
-    (rows, columns) of patches; mask [B, N], True at patches.
-    """
-
-    patches: np.ndarray
-    shapes: np.ndarray
-    mask: np.ndarray
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ class Processor:
 
         Args:
           images: see `ImageProcessor.__call__`; `images` is then [B, H, W, 3] float32, or
-            `mmjax.data.image_processor.Patches`.
+            `mmjax.patches.Patches`.
           text: one text or several; `tokens` is then [B, T] int32, `mask` [B, T] bool, True where a
             token may be attended to.
           padding: "longest" (or True), "max_length", or False. By default the model's own: CLIP's

@@ -12,7 +12,9 @@ from samples import picture
 
 import mmjax.data.image_processor as ours
 from mmjax.data.image import CorruptImageError
-from mmjax.data.image_processor import ImageProcessor, Patches, ProcessorConfigError
+from mmjax.data.image_options import ProcessorConfigError
+from mmjax.data.image_processor import ImageProcessor
+from mmjax.patches import Patches
 from mmjax.registry import UnknownNameError
 
 transformers = pytest.importorskip("transformers")

@@ -8,8 +8,8 @@ from PIL import Image
 from samples import picture
 from test_tokenizer import clip_directory
 
-from mmjax.data.image_processor import Patches
 from mmjax.data.processor import check_vocabulary, load_processor
+from mmjax.patches import Patches
 from mmjax.registry import UnknownNameError
 
 transformers = pytest.importorskip("transformers")
