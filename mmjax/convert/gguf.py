@@ -70,7 +70,7 @@ def open_file(path: Path) -> tuple[dict[str, Any], Tensors]:
       ConversionError: if it is no GGUF file, is damaged, or is not of Llama type.
       ImportError: if the `gguf` package is not installed.
     """
-    fields, tensors = _open(path)
+    fields, tensors = open_reader(path)
 
     def value(key: str) -> Any:
         if key not in fields:
@@ -139,7 +139,13 @@ def open_file(path: Path) -> tuple[dict[str, Any], Tensors]:
     return config, found
 
 
-def _open(path: Path) -> tuple[Mapping[str, Any], list[Any]]:
+def open_reader(path: Path) -> tuple[Mapping[str, Any], list[Any]]:
+    """Metadata and tensors as the `gguf` package gives them.
+
+    Raises:
+      ConversionError: if it is no GGUF file, is damaged, or has tensors of types not read here.
+      ImportError: if the `gguf` package is not installed.
+    """
     try:
         import gguf
     except ImportError as error:
