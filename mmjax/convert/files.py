@@ -45,8 +45,12 @@ class Tensors(Protocol):
     where: str
     shapes: Mapping[str, tuple[int, ...]]
 
-    def read(self, name: str) -> np.ndarray:
-        """The data of one tensor."""
+    def size(self, name: str) -> int:
+        """Bytes of the buffer that `read` can use; 0 where it has no use for one."""
+        ...
+
+    def read(self, name: str, buffer: np.ndarray | None = None) -> np.ndarray:
+        """The data of one tensor, in `buffer` (bytes) if that is given and of use."""
         ...
 
 
@@ -69,8 +73,14 @@ class SafetensorsReader:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: place.shape for name, place in self.places.items()}
 
-    def read(self, name: str) -> np.ndarray:
+    def size(self, name: str) -> int:
+        return self.places[name].stop - self.places[name].start
+
+    def read(self, name: str, buffer: np.ndarray | None = None) -> np.ndarray:
         """The data of one tensor, in its own type.
+
+        Args:
+          buffer: bytes to read into, at least as many as the tensor has; new ones if None.
 
         Raises:
           ConversionError: if the file ends early, or the type is unknown.
@@ -81,7 +91,8 @@ class SafetensorsReader:
                 f"Tensor {name!r} in {place.file} has the type {place.dtype}, which is not "
                 f"supported. Supported: {', '.join(DTYPES)}."
             )
-        data = np.empty(place.stop - place.start, np.uint8)
+        size = place.stop - place.start
+        data = np.empty(size, np.uint8) if buffer is None else buffer[:size]
         with open(place.file, "rb", buffering=0) as file:
             file.seek(place.start)
             view = memoryview(data)
@@ -91,6 +102,13 @@ class SafetensorsReader:
                     raise ConversionError(f"{place.file} is truncated within tensor {name!r}.")
                 view = view[count:]
         return data.view(DTYPES[place.dtype]).reshape(place.shape)
+
+
+def aligned(size: int) -> np.ndarray:
+    """Bytes that begin at a multiple of 64, where XLA can use them as they are."""
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size]
 
 
 def open_directory(directory: Path) -> SafetensorsReader:

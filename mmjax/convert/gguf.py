@@ -53,7 +53,10 @@ class _GGUFTensors:
     tensors: Mapping[str, Any]
     heads: Mapping[str, int]
 
-    def read(self, name: str) -> np.ndarray:
+    def size(self, name: str) -> int:
+        return 0
+
+    def read(self, name: str, buffer: np.ndarray | None = None) -> np.ndarray:
         import gguf
 
         tensor = self.tensors[name]
