@@ -45,7 +45,7 @@ def _cubic(distance: np.ndarray, a: float) -> np.ndarray:
 
 
 def bilinear_antialias(
-    source: int, target: Int[Array, "*batch"], place: Int[Array, "*batch"]
+    source: int, target: Int[Array, "*#batch"], place: Int[Array, "*#batch"]
 ) -> Float[Array, "*batch {source}"]:
     """Weights of one place (0 to target - 1) of a row of `target` cells, over `source` cells.
 

@@ -70,8 +70,8 @@ def check_gradients(family: str, model, gradients: Mapping[str, jax.Array], refe
         renamed |= {c: value for c in mmjax.convert.table.rename([name], family_.renames, "")}
     worst = 0.0
     for entry in entries:
-        parts = [gradients[path] for path in entry.paths]
-        parts = [np.asarray(p if entry.layer is None else p[entry.layer]) for p in parts]
+        parts = [np.asarray(gradients[path]) for path in entry.paths]
+        parts = parts if entry.layer is None else [part[entry.layer] for part in parts]
         ours = np.asarray(entry.transform.to_theirs(*parts))
         expected = renamed[entry.name]
         scale = max(np.abs(expected).max(), 1e-3 * top)
