@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None) -> int:
         )
     if args.image:
         raise ValueError(
-            f"{args.weights} holds a model without eyes ({type(model).__name__}): leave out --image."
+            f"{args.weights} holds a model that takes no images ({type(model).__name__}): leave "
+            "out --image."
         )
     tokenizer = open_tokenizer(args.weights)
     check_vocabulary(tokenizer, model.config.vocab_size)

@@ -1,0 +1,77 @@
+"""Token for token what transformers writes, for prompts of unequal lengths."""
+
+import numpy as np
+import pytest
+import writers
+
+pytestmark = pytest.mark.torch
+
+# End tokens that some rows meet early and others never.
+ENDS = {"llama": [80, 12], "gemma2": [73, 66], "gpt2": [73, 32], "t5": [84, 49]}
+
+
+def check(both, name, *, eos, beams=1, **options):
+    """Both sides write the same; returns ours."""
+    theirs, generator = both(name)
+    options |= {"max_new_tokens": writers.NEW, "num_beams": beams}
+    ours = generator(writers.prompts(), eos_id=eos, pad_id=2, **options)
+    expected = writers.continued(
+        theirs, writers.prompts(), eos_token_id=eos, pad_token_id=2, **options
+    )
+    np.testing.assert_array_equal(ours.tokens, expected)
+    ends = [
+        next((n for n, token in enumerate(row, 1) if token in eos), writers.NEW)
+        for row in expected.tolist()
+    ]
+    np.testing.assert_array_equal(ours.lengths, ends)
+    # It is no test if all rows write one token over and over.
+    assert max(len(set(row)) for row in ours.tokens.tolist()) > 8
+    return ours
+
+
+@pytest.mark.parametrize("name", writers.FAMILIES)
+def test_greedy(both, name):
+    lengths = check(both, name, eos=ENDS[name]).lengths
+    assert lengths.min() < writers.NEW == lengths.max()
+
+
+@pytest.mark.parametrize("name", writers.FAMILIES)
+def test_beam_search(both, name):
+    theirs, _ = both(name)
+    ours = check(both, name, eos=ENDS[name], beams=3)
+    out = writers.continued(
+        theirs,
+        writers.prompts(),
+        max_new_tokens=writers.NEW,
+        num_beams=3,
+        eos_token_id=ENDS[name],
+        pad_token_id=2,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    np.testing.assert_allclose(ours.scores, out.sequences_scores, atol=1e-4)
+
+
+# The options of one program are arrays: those of one line below compile once.
+@pytest.mark.parametrize("eos", [[80, 12], [5, 9, 11]])
+def test_beam_search_that_stops_early(both, eos):
+    early = dict(eos=eos, beams=4, early_stopping=True)
+    check(both, "llama", **early, length_penalty=0.0)
+    check(both, "llama", **early, length_penalty=1.7)
+
+
+def test_beam_search_to_the_end(both):
+    never = dict(eos=[80, 12], beams=2, early_stopping="never")
+    lengths = [
+        check(both, "llama", **never, length_penalty=penalty).lengths for penalty in (2.0, -1.0)
+    ]
+    assert lengths[0].sum() > lengths[1].sum()
+
+
+def test_repetition_penalty(both):
+    penalised = check(both, "llama", eos=[80, 12], repetition_penalty=1.5)
+    free = check(both, "llama", eos=[80, 12])
+    assert penalised.tokens.tolist() != free.tokens.tolist()
+    check(both, "llama", eos=[80, 12], beams=2, repetition_penalty=0.7)
+    # Of an encoder-decoder, the decoder's tokens are repeated, not the prompt's.
+    check(both, "t5", eos=[84, 49], repetition_penalty=1.5)
