@@ -2,12 +2,15 @@
 
 from flax import nnx
 
+from mmjax.models.altclip import AltCLIP, AltCLIPConfig, AltText, AltTextConfig
+from mmjax.models.bert import Bert, BertConfig
 from mmjax.models.clip import CLIP, CLIPConfig
 from mmjax.models.lm import LM, LMConfig, LMOutput
 from mmjax.models.naflex import NaFlexConfig, NaFlexViT
 from mmjax.models.projection import ProjectionConfig
 from mmjax.models.siglip import NaFlexSigLIP, NaFlexSigLIPConfig, SigLIP, SigLIPConfig
 from mmjax.models.sizes import text_size, vit_size
+from mmjax.models.t5 import T5, T5Config, T5Encoder, T5EncoderConfig
 from mmjax.models.text import TextConfig, TextOutput, TextTransformer
 from mmjax.models.vit import ViT, ViTConfig, ViTOutput
 from mmjax.registry import Registry
@@ -21,11 +24,23 @@ MODELS.register("siglip")((SigLIPConfig, SigLIP))
 MODELS.register("naflex_vit")((NaFlexConfig, NaFlexViT))
 MODELS.register("naflex_siglip")((NaFlexSigLIPConfig, NaFlexSigLIP))
 MODELS.register("lm")((LMConfig, LM))
+MODELS.register("bert")((BertConfig, Bert))
+MODELS.register("alt_text")((AltTextConfig, AltText))
+MODELS.register("altclip")((AltCLIPConfig, AltCLIP))
+MODELS.register("t5")((T5Config, T5))
+MODELS.register("t5_encoder")((T5EncoderConfig, T5Encoder))
 
 __all__ = [
     "CLIP",
     "LM",
     "MODELS",
+    "T5",
+    "AltCLIP",
+    "AltCLIPConfig",
+    "AltText",
+    "AltTextConfig",
+    "Bert",
+    "BertConfig",
     "CLIPConfig",
     "LMConfig",
     "LMOutput",
@@ -36,6 +51,9 @@ __all__ = [
     "ProjectionConfig",
     "SigLIP",
     "SigLIPConfig",
+    "T5Config",
+    "T5Encoder",
+    "T5EncoderConfig",
     "TextConfig",
     "TextOutput",
     "TextTransformer",
