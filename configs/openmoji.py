@@ -4,6 +4,7 @@ import math
 
 from ml_collections import ConfigDict
 
+from configs import weights
 from mmjax.config import parse_arg
 from mmjax.evaluate.sheets import ICONS_NOTE
 from mmjax.models.sizes import text_size, vit_size
@@ -18,7 +19,7 @@ def two_towers(model: str, arg: str | None) -> ConfigDict:
     Args:
       model: "siglip" or "clip".
       arg: size (of both towers), res (pixels), patch, batch, steps, lr, drop (share of the patches
-        left out in training), chunked, dtype.
+        left out in training), chunked, dtype; weights and towers (see `configs.weights`).
     """
     arg = parse_arg(
         arg,
@@ -31,6 +32,7 @@ def two_towers(model: str, arg: str | None) -> ConfigDict:
         drop=0.0,
         chunked=False,
         dtype="float32",
+        **weights.ARGUMENTS,
     )
     common = dict(activation="gelu_tanh", norm_eps=1e-6, dtype=arg.dtype)
     image = dict(
@@ -56,12 +58,17 @@ def two_towers(model: str, arg: str | None) -> ConfigDict:
         text |= dict(attention="causal", pooling="eos", eos_id=3, padding="attend")
         fields = dict(image=image, text=text, embed_dim=image["width"])
         loss = "softmax"
+    fields, init = weights.pair(dict(name=model, **fields), arg.weights, arg.towers)
+    max_len = fields["text"]["max_len"]
+    tokenizer = dict(name="wordpiece", vocab_size=VOCABULARY)
+    if init and arg.towers != "image":  # a text tower comes with its words
+        tokenizer = dict(name="hf", directory=arg.weights)
 
     def data(split: str, augment: tuple = ()) -> dict:
         return dict(
             sources=[dict(name="tfds", dataset="openmoji", split=split)],
             image=dict(preset="siglip", size=arg.res, augment=augment),
-            text=dict(max_len=MAX_LEN),
+            text=dict(max_len=max_len),
             label=dict(),
         )
 
@@ -70,9 +77,10 @@ def two_towers(model: str, arg: str | None) -> ConfigDict:
     every = max(arg.steps // 4, 1)
     return base_config(
         task=dict(name="contrastive", loss=loss, chunked=arg.chunked),
-        model=dict(name=model, **fields),
+        model=fields,
+        init=init,
         data=dict(
-            tokenizer=dict(name="wordpiece", vocab_size=VOCABULARY),
+            tokenizer=tokenizer,
             train=train,
             workers=0,
             threads=2,

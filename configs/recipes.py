@@ -16,7 +16,8 @@ Arguments that every recipe takes (after the colon of --config, as "key=value,ke
 Those of image-text pairs also take `tokenizer` (the directory of a Hugging Face tokenizer),
 `chunked`, `imagenet` (labelled ImageNet images, for zero-shot classification) and `retrieval`
 (image-text pairs to search in), in the same forms as `data`. An evaluation whose data are not given
-is left out.
+is left out. `weights` and `towers` start from a checkpoint (see `configs.weights`), whose tokenizer
+is then the default.
 
 Without `data` and `tokenizer` a config can be looked at, planned (`experiments.plan`) and timed;
 training then stops at once and says which argument is missing.
@@ -28,6 +29,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from configs import weights
 from configs.streams import stream
 from mmjax.config import ConfigError, parse_arg
 from mmjax.models.sizes import text_size, vit_size
@@ -48,7 +50,9 @@ EVERYWHERE = dict(
     fsdp=1,
     accumulate=1,
 )
-_PAIRS = dict(text_field="", tokenizer="", imagenet="", retrieval="", chunked=True)
+_PAIRS = dict(
+    text_field="", tokenizer="", imagenet="", retrieval="", chunked=True, **weights.ARGUMENTS
+)
 
 # Also big_vision's: steps between rows of metrics, and between checkpoints.
 LOG_EVERY, CHECKPOINT_EVERY = 50, 1000
@@ -95,6 +99,8 @@ def _pairs(
     **groups: Any,
 ) -> ConfigDict:
     """A recipe for two towers; `groups` are further groups of the config."""
+    model, start = weights.pair(model, arg.weights, arg.towers)
+    groups["init"] = (*start, *groups.get("init", ()))
     of_images = dict(preset=preset, size=model["image"]["image_size"])
     max_len = model["text"]["max_len"]
     evals = {}
@@ -121,7 +127,7 @@ def _pairs(
                 **of_images,
             ),
         )
-    tokenizer = dict(name="hf", directory=arg.tokenizer or NO_TOKENIZER)
+    tokenizer = dict(name="hf", directory=arg.tokenizer or arg.weights or NO_TOKENIZER)
     train = train_stream(arg, "text", max_len=max_len, augment=augment, **of_images)
     return base_config(
         task=dict(name="contrastive", loss=loss, chunked=arg.chunked),
@@ -357,7 +363,7 @@ def lit(arg: str | None) -> ConfigDict:
         preset="vit",
         augment=(inception_crop(),),
         rules=dict(trainable=((locked, False), (".*", True))),
-        init=((r"image/(.*)", arg.init or NO_INIT, r"\1"),),
+        init=() if arg.weights else ((r"image/(.*)", arg.init or NO_INIT, r"\1"),),
     )
 
 

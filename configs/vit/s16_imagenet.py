@@ -25,11 +25,13 @@ Ours: evaluation squashes the whole image to the square, where big_vision resize
 to 256 and crops 224; bfloat16.
 
 Arguments: those at the head of `configs.recipes`; also `size`, `classes`, `val` (validation data;
-"none" leaves the evaluation out), `epochs` and `samples`, the size of the data set.
+"none" leaves the evaluation out), `epochs` and `samples`, the size of the data set, and `weights`,
+a directory of Hugging Face format to take the tower from (see `configs.weights`).
 """
 
 from ml_collections import ConfigDict
 
+from configs import weights
 from configs.recipes import (
     BIG_VISION,
     CHECKPOINT_EVERY,
@@ -62,6 +64,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         res=224,
         lr=1e-3,
         warmup=10_000,
+        weights="",
     )
     if not arg.data.startswith("imagenet2012") and arg.val == tfds_val:
         raise ConfigError(
@@ -86,19 +89,22 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 **of_images,
             ),
         )
+    model = dict(
+        name="vit",
+        image_size=arg.res,
+        **vit_size(arg.size),
+        pooling="mean",
+        position="sincos2d",
+        num_classes=arg.classes,
+        **BIG_VISION,
+        dtype=arg.dtype,
+        remat=arg.remat,
+    )
+    model, init = weights.image_tower(model, arg.weights)
     return base_config(
         task=dict(name="classification", label_smoothing=0.0, mixup=0.2),
-        model=dict(
-            name="vit",
-            image_size=arg.res,
-            **vit_size(arg.size),
-            pooling="mean",
-            position="sincos2d",
-            num_classes=arg.classes,
-            **BIG_VISION,
-            dtype=arg.dtype,
-            remat=arg.remat,
-        ),
+        model=model,
+        init=init,
         data=loading(arg, train_stream(arg, "label", augment=augment, **of_images), tokenizer=None),
         optimizer=dict(
             name="adamw",
