@@ -1,11 +1,14 @@
 """Llama, Qwen, Mistral, Gemma, OPT and GPT-2 beside transformers: every option of their configs."""
 
+import functools
+
 import hf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import parity
 import pytest
+from safetensors.numpy import load_file
 
 import mmjax.convert
 from mmjax import params as parameters
@@ -61,15 +64,14 @@ CASES = {
         LLAMA,
         {"num_key_value_heads": 4},
         {
-            "hidden_size": 40,
+            "hidden_size": 42,
             "num_attention_heads": 6,
             "num_key_value_heads": 2,
             "head_dim": 6,
             "attention_bias": True,
             "rope_parameters": rope("linear", factor=3.0),
             "rms_norm_eps": 1e-2,
-        }
-        | {"hidden_size": 42},
+        },
         {
             "num_key_value_heads": 1,
             "mlp_bias": True,
@@ -89,13 +91,8 @@ CASES = {
             "rope_parameters": rope("dynamic", factor=2.0),
         },
         {
-            "num_key_value_heads": 2,
-            "attention_bias": True,
-            "hidden_act": "gelu_new",
-            "rope_parameters": rope("yarn", factor=4.0, original_max_position_embeddings=16),
-        },
-        {
             "head_dim": 12,
+            "hidden_act": "gelu_new",
             "rope_parameters": rope(
                 "yarn",
                 factor=4.0,
@@ -294,7 +291,8 @@ def test_equals_transformers(family, number, tmp_path):
     weight *= VALID[..., None] / LENGTH
     depth = model.config.depth
 
-    @jax.jit
+    # Half the compile time; it is what the tests mostly take.
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def run(params, ids, mask):
         def loss(params):
             model = parameters.merge(graph, params)
@@ -312,6 +310,35 @@ def test_equals_transformers(family, number, tmp_path):
     for ours, theirs in zip(out.features, seen["blocks"], strict=True):
         parity.close(family, "blocks", ours, theirs, VALID)
     parity.check_gradients(family, model, gradients, original)
-    ids = torch.tensor(tokens()[:1], dtype=torch.long)
-    parity.check_round_trip(directory, tmp_path / "saved", lambda m: m(input_ids=ids).logits)
-    parity.check_saving_without_origin(directory, tmp_path / "plain")
+    check_config(family, model, original)
+    if number == 1:
+        ids = torch.tensor(tokens()[:1], dtype=torch.long)
+        call = lambda model: model(input_ids=ids).logits  # noqa: E731
+        parity.check_round_trip(directory, tmp_path / "saved", call)
+        parity.check_saving_without_origin(directory, tmp_path / "plain")
+    else:
+        check_saved(model, directory, tmp_path / "saved")
+
+
+def check_config(family, model, original):
+    """What we say of the model to transformers makes it compute the same.
+
+    But for rounding: it has several formulas for one activation.
+    """
+    config = mmjax.convert.FAMILIES[model.origin.architecture].to_hf(model.config)
+    ours = type(original)._from_config(config, attn_implementation="eager").eval()
+    ours.load_state_dict(original.state_dict())
+    ids = torch.tensor(tokens(), dtype=torch.long)
+    with torch.no_grad():
+        actual, expected = (model(input_ids=ids).logits for model in (ours, original))
+    np.testing.assert_allclose(actual, expected, atol=2e-6)
+
+
+def check_saved(model, directory, target):
+    """The tensors that we write are those we read, by name and to the bit."""
+    mmjax.convert.save_pretrained(model, target)
+    before, after = (load_file(path / "model.safetensors") for path in (directory, target))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype
+        np.testing.assert_array_equal(tensor, after[name], err_msg=name)
