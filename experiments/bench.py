@@ -6,6 +6,7 @@ python -m experiments.bench loss-memory
 python -m experiments.bench compile
 python -m experiments.bench frozen
 python -m experiments.bench load
+python -m experiments.bench search [--images 10000]
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ BENCHES = {
     "compile": "experiments._bench_compile",
     "frozen": "experiments._bench_frozen",
     "load": "experiments._bench_load",
+    "search": "experiments._bench_search",
 }
 
 

@@ -85,8 +85,8 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
     MMJAX_TRACEBACK is set).
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("absl").setLevel(logging.WARNING)
-    logging.getLogger("jax").setLevel(logging.WARNING)
+    for name in ("absl", "faiss.loader", "jax"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         code = main(None) or 0
     except KeyboardInterrupt:

@@ -14,7 +14,7 @@ import zlib
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mmjax.registry import Registry
 
@@ -62,6 +62,8 @@ def open_image(data: bytes | np.ndarray | Image.Image) -> Image.Image:
             image = Image.open(io.BytesIO(data))
     except Image.DecompressionBombError as error:
         raise CorruptImageError(str(error)) from error
+    except UnidentifiedImageError as error:  # its message is the address of the buffer
+        raise CorruptImageError(f"{len(data)} bytes of no known image format") from error
     except _DECODING_ERRORS as error:
         raise CorruptImageError(f"{type(error).__name__}: {error}") from error
     if image.width * image.height > MAX_PIXELS:

@@ -17,6 +17,16 @@ from mmjax.params import Params
 from mmjax.sharding import global_batch
 
 
+def mean_prompts(embeddings: np.ndarray, classes: int) -> np.ndarray:
+    """[classes, D], unit norm: the mean of the embeddings of each class's prompts.
+
+    Args:
+      embeddings: [classes * prompts, D], unit norm; the prompts of one class stand together.
+    """
+    means = embeddings.reshape(classes, -1, embeddings.shape[-1]).mean(axis=1)
+    return means / np.maximum(np.linalg.norm(means, axis=-1, keepdims=True), 1e-12)
+
+
 @EVALUATORS.register("zero_shot")
 class ZeroShot(Evaluator):
     """Images are classified by the text embedding nearest to them, one for each class.
@@ -57,7 +67,6 @@ class ZeroShot(Evaluator):
                 "raise the evaluator's max_len, or choose shorter templates."
             )
         self._tokens, self._mask = encoded.ids, encoded.mask
-        self._prompts_each = len(patterns)
         self._image = context.compile(lambda model, batch: model.encode_image(batch["image"]))
         self._text = context.compile(
             lambda model, batch: model.encode_text(batch["text"], batch["text_mask"])
@@ -79,9 +88,7 @@ class ZeroShot(Evaluator):
             batch = {name: x[first : first + mine] for name, x in batch.items()}
             encoded = self._text(params, global_batch(batch, context.mesh))
             rows.append(np.asarray(jax.device_get(encoded), np.float32)[: part.stop - part.start])
-        embeddings = np.concatenate(rows)
-        means = embeddings.reshape(len(self._names), self._prompts_each, -1).mean(axis=1)
-        return means / np.maximum(np.linalg.norm(means, axis=-1, keepdims=True), 1e-12)
+        return mean_prompts(np.concatenate(rows), len(self._names))
 
     def run(self, params: Params) -> dict[str, float]:
         """`top1`, `top5` (where there are more than 5 classes), `examples`, `chance/top1`.

@@ -1,0 +1,146 @@
+"""Embeddings beside transformers; models and directories that cannot embed."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import picture
+from flax import nnx
+
+import mmjax
+from mmjax.convert import ConversionError
+from mmjax.data.tokenizer import train_tokenizer
+from mmjax.models import SigLIP, SigLIPConfig, TextConfig, ViT, ViTConfig
+from mmjax.search import Embedder, fingerprint
+
+TEXTS = ["a red cat", "a photo of the blue square", "dog"]
+PICTURES = [picture(seed, size) for seed, size in ((1, (40, 30)), (2, (48, 48)), (3, (20, 90)))]
+
+
+def test_equals_transformers(weights, embedder):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    model = transformers.CLIPModel.from_pretrained(weights).eval()
+    images = transformers.AutoImageProcessor.from_pretrained(weights, backend="pil")(
+        PICTURES, return_tensors="pt"
+    )
+    tokens = transformers.AutoTokenizer.from_pretrained(weights)(
+        TEXTS, padding="max_length", max_length=16, return_tensors="pt"
+    )
+    with torch.no_grad():
+        out = model(tokens["input_ids"], images["pixel_values"], tokens["attention_mask"])
+    np.testing.assert_allclose(embedder.images(PICTURES), out.image_embeds.numpy(), atol=2e-6)
+    np.testing.assert_allclose(embedder.texts(TEXTS), out.text_embeds.numpy(), atol=2e-6)
+    probabilities = embedder.probabilities(embedder.images(PICTURES), embedder.texts(TEXTS))
+    expected = out.logits_per_image.softmax(-1).numpy()
+    np.testing.assert_allclose(probabilities, expected, atol=2e-5)
+
+
+def test_paths_bytes_and_company_make_no_difference(embedder, tmp_path):
+    alone = np.concatenate([embedder.images([image]) for image in PICTURES])
+    np.testing.assert_allclose(alone, embedder.images(PICTURES * 5)[:3], atol=1e-6)
+    PICTURES[0].save(tmp_path / "image.png")
+    path = tmp_path / "image.png"
+    for source in (path, str(path), path.read_bytes(), np.asarray(PICTURES[0])):
+        np.testing.assert_array_equal(embedder.images([source])[0], alone[0])
+    with pytest.raises(ValueError, match="nothing to embed"):
+        embedder.images([])
+
+
+def test_transparency_is_on_white(embedder, tmp_path):
+    clear = PICTURES[0].copy()
+    clear.putalpha(0)
+    clear.save(tmp_path / "clear.png")
+    white = np.full((30, 40, 3), 255, np.uint8)
+    np.testing.assert_array_equal(
+        embedder.images([tmp_path / "clear.png"]), embedder.images([white])
+    )
+
+
+def test_siglip_judges_each_text_alone():
+    tokenizer = train_tokenizer("bpe", TEXTS, 300)
+
+    def processor(images=None, text=None):
+        if images is not None:
+            resized = np.asarray(images.resize((16, 16)), np.float32)
+            return {"images": resized[None] / 127.5 - 1}
+        ids, mask, _ = tokenizer.encode(text, 8)
+        return {"tokens": ids, "mask": mask}
+
+    processor.max_length = 8
+    tower = dict(width=32, depth=1, heads=2, mlp_width=32, activation="gelu_tanh", norm_eps=1e-6)
+    model = SigLIP(
+        SigLIPConfig(
+            image=ViTConfig(
+                image_size=16, patch_size=8, pooling="map", position="learned", **tower
+            ),
+            text=TextConfig(
+                vocab_size=300,
+                max_len=8,
+                attention="bidirectional",
+                pooling="last",
+                padding="attend",
+                **tower,
+            ),
+            init_bias=-3.0,
+        ),
+        rngs=nnx.Rngs(0),
+    )
+    embedder = Embedder(model, processor)
+    images, texts = embedder.images(PICTURES), embedder.texts(["a cat", "a dog"])
+    expected = 1 / (1 + np.exp(3.0 - 10 * images @ texts.T))
+    np.testing.assert_allclose(embedder.probabilities(images, texts), expected, atol=1e-6)
+
+
+def test_the_fingerprint_is_of_the_content(weights, tmp_path):
+    moved = shutil.copytree(weights, tmp_path / "moved")
+    assert fingerprint(moved) == fingerprint(weights)
+    (moved / "README.md").write_text("says nothing about the model")
+    assert fingerprint(moved) == fingerprint(weights)
+    data = bytearray((moved / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (moved / "model.safetensors").write_bytes(data)
+    assert fingerprint(moved) != fingerprint(weights)
+
+
+def test_large_files_are_sampled_to_their_ends(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes(3_000_000))
+    prints = [fingerprint(tmp_path)]
+    for place in (0, 2_999_999):
+        data = bytearray(3_000_000)
+        data[place] = 1
+        path.write_bytes(data)
+        prints.append(fingerprint(tmp_path))
+    assert len(set(prints)) == 3
+
+
+def test_what_cannot_embed_is_refused_before_weights_are_read(weights, tmp_path):
+    with pytest.raises(ConversionError, match="There is no"):
+        Embedder.load(tmp_path / "gone")
+    tower = dict(width=32, depth=1, heads=2, mlp_width=32, activation="gelu", norm_eps=1e-12)
+    vit = ViT(
+        ViTConfig(image_size=16, patch_size=8, pooling="cls", position="learned", **tower),
+        rngs=nnx.Rngs(0),
+    )
+    mmjax.save_pretrained(vit, tmp_path / "vit")
+    with pytest.raises(ConversionError, match="ViT, which does not put images and texts"):
+        Embedder.load(tmp_path / "vit")
+    bare = shutil.copytree(weights, tmp_path / "bare")
+    (bare / "preprocessor_config.json").unlink()
+    with pytest.raises(ConversionError, match=r"lacks its preprocessor_config\.json"):
+        Embedder.load(bare)
+    mute = shutil.copytree(weights, tmp_path / "mute")
+    for file in mute.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ConversionError, match="lacks its tokenizer"):
+        Embedder.load(mute)
+    other = shutil.copytree(weights, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["text_config"]["vocab_size"] = 100
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="do not belong together"):
+        Embedder.load(other)
+    with pytest.raises(ValueError, match="at least 1"):
+        Embedder.load(weights, batch_size=0)
