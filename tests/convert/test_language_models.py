@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import parity
 import pytest
+from functional import QUICK
 from safetensors.numpy import load_file
 
 import mmjax.convert
@@ -15,6 +16,7 @@ from mmjax import params as parameters
 
 pytestmark = pytest.mark.torch
 torch = pytest.importorskip("torch")
+torch.set_num_threads(1)  # several would wait for each other longer than such models take
 
 VOCAB, LENGTH = 45, 11
 # Tokens of each text: whole, padded on the left, padded on the right.
@@ -291,8 +293,7 @@ def test_equals_transformers(family, number, tmp_path):
     weight *= VALID[..., None] / LENGTH
     depth = model.config.depth
 
-    # Half the compile time; it is what the tests mostly take.
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def run(params, ids, mask):
         def loss(params):
             model = parameters.merge(graph, params)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from functional import QUICK
 
 import mmjax
 from mmjax import params as parameters
@@ -93,10 +94,10 @@ def build(config):
 
 
 def compiled(model, function=LM.__call__, **static):
-    """`function(model, *arrays, **static)`, compiled in half the time that it usually takes."""
+    """`function(model, *arrays, **static)`, compiled."""
     graph, params = parameters.split(model)
 
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def call(params, *args):
         return function(parameters.merge(graph, params), *args, **static)
 
@@ -256,7 +257,7 @@ def train(config, mesh):
         value, gradients = jax.value_and_grad(loss)(params, tokens)
         return value, jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients)
 
-    step = jax.jit(step, out_shardings=(None, places), donate_argnums=0)
+    step = jax.jit(step, out_shardings=(None, places), donate_argnums=0, compiler_options=QUICK)
     losses = []
     with activation_sharding(sharding.activation_constraint(mesh)):
         for _ in range(3):
