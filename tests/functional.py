@@ -7,8 +7,8 @@ from collections.abc import Callable
 import jax
 from flax import nnx
 
-# Options of `jax.jit` for tests that run a program once or twice: the same operations in code that is
-# less well optimised, for half the time to compile, or a fifth where the second option exists.
+# Options of `jax.jit` for tests that run a program once or twice: the same operations in code that
+# is less well optimised, for half the time to compile, or a fifth where the second option exists.
 QUICK = {"xla_backend_optimization_level": 0}
 if jax.__version_info__ < (0, 11):
     QUICK["xla_cpu_use_fusion_emitters"] = False

@@ -135,11 +135,12 @@ def find(content: dict[str, Any], where: str) -> tuple[str, Family]:
 
 def transformers_config(content: dict[str, Any], where: str) -> PretrainedConfig:
     """The config object of transformers for the content of a `config.json`."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
 
     try:
         return CONFIG_MAPPING[content["model_type"]].from_dict(content)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, StrictDataclassError) as error:
         raise ConversionError(
             f"transformers cannot read the config.json of {where}: {error}"
         ) from error

@@ -72,15 +72,12 @@ def window_fields(hf: Any) -> dict[str, Any]:
     """Which layers look back a few tokens only, from `layer_types` and `sliding_window`.
 
     Raises:
-      ValueError: if there are layers of another type, not as many as there should be, or the
-        window is not said.
+      ValueError: if there are layers of another type, or the window is not said.
     """
     kinds = hf.layer_types
     unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
     if unknown:
         raise ValueError(f"layer_types has {unknown}; full and sliding attention are supported.")
-    if len(kinds) != hf.num_hidden_layers:
-        raise ValueError(f"layer_types names {len(kinds)} of {hf.num_hidden_layers} layers.")
     sliding = tuple(layer for layer, kind in enumerate(kinds) if kind == "sliding_attention")
     if not sliding:
         return {}
@@ -104,7 +101,7 @@ def rope_from_hf(given: Mapping[str, Any] | None, max_len: int, *, truncate: boo
       truncate: that of yarn, which is not read where each kind of layer has its own parameters.
 
     Raises:
-      ValueError: if its type is unknown or incomplete, or part of each head only is rotated.
+      ValueError: if its type is unknown, or part of each head only is rotated.
     """
     given = dict(given or {})
     kind = given.get("rope_type")
@@ -113,10 +110,8 @@ def rope_from_hf(given: Mapping[str, Any] | None, max_len: int, *, truncate: boo
     partial = given.get("partial_rotary_factor")
     if partial is not None and partial != 1:
         raise ValueError(f"partial_rotary_factor={partial} is not supported by these models.")
-    try:
-        return Rope(given["rope_theta"], scaling=kind, **_SCALINGS[kind](given, max_len, truncate))
-    except KeyError as error:
-        raise ValueError(f"rope_parameters of type {kind!r} lack {error}.") from error
+    theta = float(given["rope_theta"])
+    return Rope(theta, scaling=kind, **_SCALINGS[kind](given, max_len, truncate))
 
 
 def rope_to_hf(rope: Rope | None, max_len: int) -> dict[str, Any]:
@@ -144,25 +139,25 @@ def rope_to_hf(rope: Rope | None, max_len: int) -> dict[str, Any]:
 
 
 def _linear(given: Mapping[str, Any], max_len: int, truncate: bool) -> dict[str, Any]:
-    return {"factor": given["factor"]}
+    return {"factor": float(given["factor"])}
 
 
 def _dynamic(given: Mapping[str, Any], max_len: int, truncate: bool) -> dict[str, Any]:
-    return {"factor": given["factor"], "original_length": max_len}
+    return {"factor": float(given["factor"]), "original_length": max_len}
 
 
 def _llama3(given: Mapping[str, Any], max_len: int, truncate: bool) -> dict[str, Any]:
     return {
-        "factor": given["factor"],
+        "factor": float(given["factor"]),
         "original_length": given["original_max_position_embeddings"],
-        "low_frequency_factor": given["low_freq_factor"],
-        "high_frequency_factor": given["high_freq_factor"],
+        "low_frequency_factor": float(given["low_freq_factor"]),
+        "high_frequency_factor": float(given["high_freq_factor"]),
     }
 
 
 def _yarn(given: Mapping[str, Any], max_len: int, truncate: bool) -> dict[str, Any]:
     original = given["original_max_position_embeddings"]
-    factor = max_len / original if given["factor"] is None else given["factor"]
+    factor = max_len / original if given["factor"] is None else float(given["factor"])
 
     def amplitude(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
@@ -174,10 +169,10 @@ def _yarn(given: Mapping[str, Any], max_len: int, truncate: bool) -> dict[str, A
     return {
         "factor": factor,
         "original_length": original,
-        "beta_fast": given.get("beta_fast") or 32.0,
-        "beta_slow": given.get("beta_slow") or 1.0,
+        "beta_fast": float(given.get("beta_fast") or 32),
+        "beta_slow": float(given.get("beta_slow") or 1),
         "truncate": truncate,
-        "amplitude": amplitude(1.0) if attention is None else attention,
+        "amplitude": amplitude(1.0) if attention is None else float(attention),
     }
 
 
