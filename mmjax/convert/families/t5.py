@@ -86,7 +86,8 @@ def _stack_rows(theirs: str, cross: bool, gated: bool) -> tuple[Row, ...]:
 
 def _from_hf(source: Source) -> T5Config:
     hf = source.config
-    if hf.decoder_start_token_id is None:
+    start = hf.to_dict().get("decoder_start_token_id")
+    if start is None:
         raise ValueError("decoder_start_token_id is not given: the decoder has no first token.")
     return T5Config(
         **_fields(hf),
@@ -94,7 +95,7 @@ def _from_hf(source: Source) -> T5Config:
         # transformers 5 says of all T5 that they are tied; which are, only the tensors show.
         tied="lm_head.weight" not in source.names,
         scale_logits=hf.scale_decoder_outputs,
-        decoder_start_id=hf.decoder_start_token_id,
+        decoder_start_id=start,
     )
 
 
