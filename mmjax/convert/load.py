@@ -111,7 +111,7 @@ def from_pretrained(
     )
     if image_size is not None:
         config, params = resize.resized(config, params, image_size)
-        graph, _ = abstract(lambda: checkpoint.family.model(config, rngs=nnx.Rngs(0)))
+        graph, _ = structure(checkpoint.family.model, config)
     model = merge(graph, params)
     model.origin = checkpoint.origin
     return model
@@ -148,7 +148,7 @@ def load_params(directory: str | Path, targets: Params) -> Params:
       ConversionError: if a parameter is not there, or has another shape; all are listed.
     """
     checkpoint = open_checkpoint(directory)
-    _, shapes = abstract(lambda: checkpoint.family.model(checkpoint.config, rngs=nnx.Rngs(0)))
+    _, shapes = structure(checkpoint.family.model, checkpoint.config)
     tables = resize.position_tables(checkpoint.config)
     resampled = {
         path
@@ -204,7 +204,7 @@ def load(
       ConversionError: see `from_pretrained`.
     """
     config, family, tensors = checkpoint.config, checkpoint.family, checkpoint.tensors
-    graph, shapes = abstract(lambda: family.model(config, rngs=nnx.Rngs(0)))
+    graph, shapes = structure(family.model, config)
     entries = lay_out(family.rows(config), shapes)
     found = {name: tensors.shapes[there] for name, there in checkpoint.file_names.items()}
     check(entries, found, family.ignored(config), tensors.where)
@@ -217,6 +217,12 @@ def load(
         for (path, shape), place in zip(shapes.items(), shardings(shapes).values(), strict=True)
     }
     return graph, _read(entries, targets, tensors, checkpoint.file_names, wanted)
+
+
+@functools.lru_cache(maxsize=16)
+def structure(model: type[nnx.Module], config: Any) -> tuple[nnx.GraphDef, Params]:
+    """Graph definition and shapes of `model(config)`, traced once for each config."""
+    return abstract(lambda: model(config, rngs=nnx.Rngs(0)))
 
 
 def with_fields(config: Any, **values: Any) -> Any:

@@ -56,7 +56,7 @@ def _batch(vision, text=None):
     return images, tokens, mask
 
 
-def check_pair(prefix: str, options: dict, directory) -> None:
+def check_pair(prefix: str, options: dict, directory, gradients: bool = True) -> None:
     config = _class(prefix, "Config")(**options)
     inputs = _batch(config.vision_config)
     mask = np.asarray(inputs[2])
@@ -90,7 +90,7 @@ def check_pair(prefix: str, options: dict, directory) -> None:
     depth = config.text_config.num_hidden_layers
     where = {"text tokens": mask, "text blocks": np.broadcast_to(mask, (depth, *mask.shape))}
     reference = _class(prefix, "Model")(config)
-    check(f"{prefix}Model", reference, directory, inputs, ours, theirs, where)
+    check(f"{prefix}Model", reference, directory, inputs, ours, theirs, where, gradients)
 
 
 def check_vision(prefix: str, projected: bool, directory) -> None:

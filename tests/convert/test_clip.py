@@ -8,8 +8,17 @@ import numpy as np
 import parity
 import pytest
 from clips import CONFIGS, TEXT, VISION, check_classifier, check_pair, check_text, check_vision
-from flax import nnx
-from towers import channels_first, long, pixels, quick, refused, rewrite, same_parameters, texts
+from towers import (
+    channels_first,
+    fresh,
+    long,
+    pixels,
+    quick,
+    refused,
+    rewrite,
+    same_parameters,
+    texts,
+)
 
 import mmjax.convert
 from mmjax import models
@@ -40,18 +49,17 @@ def saved(tmp_path_factory):
     return reference, parity.save_hf(reference, tmp_path_factory.mktemp("clip") / "source")
 
 
-@pytest.mark.parametrize("size", [(40, 40), (16, 32)])
-def test_other_resolutions(saved, size):
+def test_another_resolution(saved):
     import torch
 
     reference, directory = saved
-    batch = pixels(2, *size, 3)
+    batch = pixels(2, 16, 40, 3)
     with torch.no_grad():
         expected = reference.get_image_features(
             channels_first(batch), interpolate_pos_encoding=True
         ).pooler_output.numpy()
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
-    for options in ({}, {"image_size": size}):
+    for options in ({}, {"image_size": (16, 40)}):
         model = mmjax.convert.from_pretrained(directory, **options)
         actual = quick(model, batch, function=models.CLIP.encode_image)
         parity.close("CLIPModel", "resized", actual, expected)
@@ -106,7 +114,7 @@ def test_a_trained_model_is_saved_with_the_limit_of_its_scale(tmp_path):
         ),
         embed_dim=24,
     )
-    model = models.CLIP(config, rngs=nnx.Rngs(0))
+    model = fresh(models.CLIP, config)
     model.logit_scale.set_value(jnp.asarray(math.log(120.0)))
     mmjax.convert.save_pretrained(model, tmp_path / "target")
     reference = transformers.CLIPModel.from_pretrained(tmp_path / "target")

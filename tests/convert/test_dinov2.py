@@ -50,6 +50,10 @@ CONFIGS = {
 }
 
 
+# They differ in nothing but numbers from one that has them.
+WITHOUT_GRADIENTS = ("partial patches", "one register", "registers, partial patches")
+
+
 class AsFiles:
     """A model of transformers under the names of its files, where gate and up are one tensor."""
 
@@ -96,7 +100,10 @@ def test_classifier(name, tmp_path):
         return {"logits": out.logits, "tokens": tokens, "blocks": blocks(out.hidden_states)}
 
     reference = getattr(transformers, f"{prefix}ForImageClassification")(config)
-    check(f"{prefix}ForImageClassification", AsFiles(reference), tmp_path, (batch,), ours, theirs)
+    family = f"{prefix}ForImageClassification"
+    gradients = name not in WITHOUT_GRADIENTS
+    reference = AsFiles(reference) if gradients else reference
+    check(family, reference, tmp_path, (batch,), ours, theirs, None, gradients)
 
 
 @pytest.mark.parametrize("prefix", ["Dinov2", "Dinov2WithRegisters"])
@@ -125,16 +132,15 @@ def saved(request, tmp_path_factory):
     return f"{request.param}Model", reference, directory
 
 
-@pytest.mark.parametrize("size", [(64, 64), (16, 80), (24, 24)])
-def test_other_resolutions(saved, size):
+def test_another_resolution(saved):
     """With registers the interpolation is antialiased, which shows where the grid shrinks."""
     import torch
 
     name, reference, directory = saved
-    batch = pixels(2, *size, 3)
+    batch = pixels(2, 16, 80, 3)
     with torch.no_grad():
         expected = reference(channels_first(batch)).last_hidden_state
-    for options in ({}, {"image_size": size}):
+    for options in ({}, {"image_size": (16, 80)}):
         model = mmjax.convert.from_pretrained(directory, **options)
         parity.close(name, "resized", quick(model, batch).tokens, expected)
 

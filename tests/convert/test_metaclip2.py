@@ -13,7 +13,8 @@ ENDS_IN_2 = {**CONFIGS["largest id"], "text_config": {**TEXT, "eos_token_id": 2}
 
 @pytest.mark.parametrize("name", ["as published", "unlike towers", "partial patches", "2"])
 def test_both_towers(name, tmp_path):
-    check_pair("MetaClip2", (CONFIGS | {"2": ENDS_IN_2})[name], tmp_path)
+    # What it computes is CLIP: one config's gradients are enough.
+    check_pair("MetaClip2", (CONFIGS | {"2": ENDS_IN_2})[name], tmp_path, gradients=name == "2")
 
 
 @pytest.mark.parametrize(("tower", "projected"), [(check_vision, True), (check_text, False)])

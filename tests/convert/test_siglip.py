@@ -155,18 +155,17 @@ def saved(tmp_path_factory):
     return reference, parity.save_hf(reference, tmp_path_factory.mktemp("siglip") / "source")
 
 
-@pytest.mark.parametrize("size", [(40, 40), (16, 32)])
-def test_other_resolutions(saved, size):
+def test_another_resolution(saved):
     import torch
 
     reference, directory = saved
-    batch = pixels(2, *size, 3)
+    batch = pixels(2, 16, 40, 3)
     with torch.no_grad():
         expected = reference.get_image_features(
             channels_first(batch), interpolate_pos_encoding=True
         ).pooler_output.numpy()
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
-    for options in ({}, {"image_size": size}):
+    for options in ({}, {"image_size": (16, 40)}):
         model = mmjax.convert.from_pretrained(directory, **options)
         actual = quick(model, batch, function=models.SigLIP.encode_image)
         parity.close("SiglipModel", "resized", actual, expected)

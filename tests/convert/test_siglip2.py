@@ -1,17 +1,16 @@
 """SigLIP 2 NaFlex of transformers, both ways: images of any shape in one batch."""
 
 import hf
-import jax
 import jax.numpy as jnp
 import numpy as np
 import parity
 import pytest
-from flax import nnx
 from functional import jitted
-from towers import SMALL, TOKENS, blocks, check, long, quick, refused, remember
+from towers import SMALL, TOKENS, blocks, check, fresh, long, quick, refused, remember
 
 import mmjax.convert
 from mmjax.models import NaFlexConfig, NaFlexSigLIP, NaFlexViT
+from mmjax.models.naflex import resample_positions
 from mmjax.patches import Patches
 
 transformers = hf.transformers()
@@ -170,6 +169,7 @@ def test_all_shapes_pass_through_one_compiled_function(saved):
     run = jitted(model, encode)
     vision = reference.config.vision_config
     every = [(h, w) for h in range(1, 17) for w in range(1, 17) if h * w <= 16]
+    every = [(h, w) for h, w in every if w > 1 or h in (1, 4)]  # see the test below
     for start in range(0, len(every) - 4, 5):
         batch = patches(vision, every[start : start + 5], seed=start)
         with torch.no_grad():
@@ -180,6 +180,21 @@ def test_all_shapes_pass_through_one_compiled_function(saved):
     assert len(traces) == 1
     actual = quick(model, batch._replace(mask=None), function=NaFlexSigLIP.encode_image)
     parity.close("Siglip2Model", "all shapes", actual, expected)
+
+
+def test_positions_of_a_single_column_are_those_of_a_single_row():
+    """torch 2.13's kernel for CPUs gets [n, 1] wrong (not [1, n]), so the table is turned round."""
+    import torch
+
+    table = np.random.default_rng(0).normal(size=(4, 4, 8)).astype(np.float32)
+    turned = torch.tensor(table.transpose(1, 0, 2)).permute(2, 0, 1)[None]
+    for rows in (2, 3, 5, 7):
+        expected = torch.nn.functional.interpolate(
+            turned, size=(1, rows), mode="bilinear", antialias=True
+        )[0, :, 0].T
+        shapes = jnp.asarray([[rows, 1]])
+        actual = resample_positions(jnp.asarray(table.reshape(16, 8)), 4, shapes, 7)
+        parity.close("Siglip2Model", "positions", actual[0, :rows], expected)
 
 
 def test_the_processor_of_transformers_fits(saved):
@@ -210,12 +225,12 @@ def test_an_image_with_more_patches_than_room_is_noticed():
         **{"patch_size": 2, "num_patches": 4, "width": 32, "depth": 1, "heads": 4},
         **{"mlp_width": 32, "activation": "gelu", "norm_eps": 1e-6, "pooling": "map"},
     )
-    model = NaFlexViT(config, rngs=nnx.Rngs(0))
+    model = fresh(NaFlexViT, config)
     batch = Patches(jnp.ones((2, 4, 12)), jnp.asarray([[2, 2], [3, 2]]), None)
     pooled = quick(model, batch).pooled
     assert np.isfinite(pooled[0]).all() and np.isnan(pooled[1]).all()
     with pytest.raises(ValueError, match=r"not \[batch, patches, 12\]"):
-        jax.eval_shape(jitted(model), batch._replace(patches=jnp.ones((2, 4, 13))))
+        model(batch._replace(patches=jnp.ones((2, 4, 13))))
 
 
 def test_what_cannot_be_computed_is_refused(saved):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import parity
+from flax import nnx
 
 import mmjax.convert
 from mmjax import params
@@ -63,6 +64,13 @@ def quick(model, *inputs, function=None, **options):
         return function(params.merge(graph, arrays), *inputs, **options)
 
     return run(arrays, inputs)
+
+
+def fresh(model, config):
+    """A model with random parameters, made by one compiled function."""
+    graph, _ = params.abstract(lambda: model(config, rngs=nnx.Rngs(0)))
+    make = jax.jit(lambda: params.split(model(config, rngs=nnx.Rngs(0)))[1], compiler_options=QUICK)
+    return params.merge(graph, make())
 
 
 def remember(model, name: str, result) -> None:
