@@ -185,7 +185,7 @@ CASES = {
         | {"attn_logit_softcapping": None, "final_logit_softcapping": 1.0, "sliding_window": 3},
         {"num_key_value_heads": 1, "head_dim": 8, "query_pre_attn_scalar": 2}
         | {"final_logit_softcapping": None, "attn_logit_softcapping": 0.3}
-        | {"layer_types": [FULL, FULL, FULL], "tie_word_embeddings": False},
+        | {"layer_types": [FULL, FULL, FULL], "tie_word_embeddings": False, "sliding_window": 3},
         {"num_key_value_heads": 2, "head_dim": 6, "query_pre_attn_scalar": 6}
         | {"layer_types": [SLIDING, SLIDING, FULL], "sliding_window": 2, "attention_bias": True}
         | {"hidden_activation": "relu", "attn_logit_softcapping": None}
