@@ -1,21 +1,20 @@
 """The same CLIP in mmjax and in PyTorch (transformers), side by side.
 
-Each side lives in a process of its own, so that neither memory nor threads are shared; the parent
-lets them work in turns, so that a machine whose speed drifts drifts for both. Both compute the same
-thing: towers of equal shape, softmax loss, AdamW; random weights, since speed does not depend on
-them.
+Each side lives in a process of its own, and they work in turns. Both compute the same thing:
+towers of equal shape, softmax loss, AdamW; random weights, since speed does not depend on them.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import multiprocessing
 import resource
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
+
+from experiments._turns import rivals
 
 # Towers as in Table 1 of Radford et al. (2021) where they are named B and L; S has ViT-S's image
 # tower.
@@ -246,14 +245,6 @@ def _peak_rss() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _serve(side: type, job: Job, pipe: Any) -> None:
-    """A side's process: answers requests until told to stop."""
-    instance = side(job)
-    pipe.send("ready")
-    while (request := pipe.recv()) is not None:
-        pipe.send(instance.facts() if request == "facts" else instance.run(*request))
-
-
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.bench contrastive", description=__doc__
@@ -274,29 +265,16 @@ def main(argv: list[str]) -> int:
     sides = {"mmjax": MMJax, "PyTorch": Torch}
     if device == "gpu":
         sides["PyTorch compiled"] = TorchCompiled
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = {}, []
-    for name, side in sides.items():
-        pipes[name], theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(side, job, theirs), daemon=True)
-        process.start()
-        processes.append(process)
-        pipes[name].recv()
-
-    def ask(name: str, *request: Any) -> Any:
-        pipes[name].send(request[0] if len(request) == 1 else request)
-        return pipes[name].recv()
-
     times: dict[tuple[str, str], list[float]] = {}
-    for mode in ("infer", "train"):
-        for name in sides:
-            ask(name, mode, 1)  # warm
-        for _ in range(args.rounds):
+    with rivals(sides, job) as ask:
+        for mode in ("infer", "train"):
             for name in sides:
-                times.setdefault((mode, name), []).append(ask(name, mode, args.steps))
-    facts = {name: ask(name, "facts") for name in sides}
-    for name in sides:
-        pipes[name].send(None)
+                ask(name, "run", mode, 1)  # warm
+            for _ in range(args.rounds):
+                for name in sides:
+                    seconds = ask(name, "run", mode, args.steps)
+                    times.setdefault((mode, name), []).append(seconds)
+        facts = {name: ask(name, "facts") for name in sides}
 
     peak = _peak_flops(device, facts["mmjax"]["device"], args.dtype)
     flops = {"train": facts["mmjax"]["train_flops"], "infer": facts["mmjax"]["train_flops"] / 3}

@@ -5,6 +5,7 @@ python -m experiments.bench loader
 python -m experiments.bench loss-memory
 python -m experiments.bench compile
 python -m experiments.bench frozen
+python -m experiments.bench generate [--weights DIR_OR_GGUF] [--batch 1 8]
 python -m experiments.bench load
 python -m experiments.bench search [--images 10000]
 """
@@ -26,6 +27,7 @@ BENCHES = {
     "loss-memory": "experiments._bench_loss",
     "compile": "experiments._bench_compile",
     "frozen": "experiments._bench_frozen",
+    "generate": "experiments._bench_generate",
     "load": "experiments._bench_load",
     "search": "experiments._bench_search",
 }

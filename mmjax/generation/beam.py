@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mmjax.generation.sampling import Sampler, mark
+from mmjax.generation.sampling import Number, Sampler, mark
 from mmjax.typing import Array, Bool, Float, Int
 
 # What is added to a log probability so that no real one is below it, as in the reference.
@@ -38,8 +38,8 @@ class Search:
         with the score it could reach at full length.
     """
 
-    length_penalty: Float[Array, ""]
-    steps: Int[Array, ""]
+    length_penalty: Number
+    steps: Number
     beams: int = dataclasses.field(metadata={"static": True})
     early_stopping: bool | str = dataclasses.field(metadata={"static": True})
 

@@ -16,11 +16,11 @@ from mmjax import sharding
 from mmjax.generation import programs
 from mmjax.generation.beam import EARLY_STOPPING, Search
 from mmjax.generation.programs import Choice
-from mmjax.generation.prompts import bucket, left_pad
+from mmjax.generation.prompts import Tokens, bucket, left_pad
 from mmjax.generation.sampling import Sampler
 from mmjax.generation.stopping import StopStrings
 from mmjax.nn import backend
-from mmjax.typing import Array, Key
+from mmjax.typing import Array
 
 # Steps between two looks of the host at what is done.
 STEPS = 64
@@ -44,7 +44,7 @@ class Generated(NamedTuple):
 
 def generate(
     model: nnx.Module,
-    tokens: Array | np.ndarray | Sequence[Sequence[int]],
+    tokens: Tokens,
     images: Any = None,
     mask: Array | np.ndarray | None = None,
     *,
@@ -86,18 +86,18 @@ class Generator:
         mesh: Mesh | None = None,
         rules: tables.Table = sharding.DEFAULT_RULES,
     ):
-        self.model = model
+        self.model = model if mesh is None else programs.placed(model, mesh, rules)
         self.mesh = mesh
-        self._reading = programs.weights(model, mesh, rules)
+        self._reading = programs.weights(self.model, mesh)
         self._stepping = self._reading
         if backend.platform() == "cpu":
             # A step does little but read every weight, and here a slice of stacked weights is a
             # copy. On accelerators it costs nothing.
-            self._stepping = programs.weights(model.unstack(), mesh, rules)
+            self._stepping = programs.weights(self.model.unstack(), mesh)
 
     def __call__(
         self,
-        tokens: Array | np.ndarray | Sequence[Sequence[int]],
+        tokens: Tokens,
         images: Any = None,
         mask: Array | np.ndarray | None = None,
         *,
@@ -114,7 +114,7 @@ class Generator:
         pad_id: int | None = None,
         stop_strings: str | Sequence[str] = (),
         decode: Callable[[list[int]], str] | None = None,
-        key: Key | None = None,
+        key: Array | None = None,
         stream: Callable[[list[list[int]]], None] | None = None,
         stream_every: int = 1,
     ) -> Generated:
@@ -181,8 +181,11 @@ class Generator:
             tokens, lengths, done = jax.device_get((state.tokens, state.lengths, state.done))
             chosen = int(lengths.max())
             if stops:
-                tokens, lengths, done = stops.cut(tokens, lengths, done, told, int(choice.pad))
+                lengths, done = stops.cut(tokens, lengths, done, told)
                 state = state._replace(lengths=self._place(lengths), done=self._place(done))
+                # The device has gone on to write where a text has ended.
+                within = np.arange(tokens.shape[1]) < lengths[:, None]
+                tokens = np.where(within, tokens, np.int32(choice.pad))
             if stream is not None:
                 rows = zip(tokens, lengths, strict=True)
                 stream([row[told:length].tolist() for row, length in rows])
@@ -291,7 +294,7 @@ def _search(
     )
 
 
-def _row_keys(key: Key | None, rows: int) -> Array:
+def _row_keys(key: Array | None, rows: int) -> Array:
     """A key for each row.
 
     Raises:

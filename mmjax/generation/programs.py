@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from mmjax import params, sharding
 from mmjax import rules as tables
-from mmjax import sharding
 from mmjax.generation import beam
 from mmjax.generation.beam import Beams, Search
 from mmjax.generation.sampling import Sampler, mark
@@ -54,24 +54,24 @@ class Weights(NamedTuple):
     leaves: list[Array]
 
 
-def weights(model: nnx.Module, mesh: Mesh | None, rules: tables.Table) -> Weights:
-    """The parameters, placed by the rules where there is a mesh.
+def weights(model: nnx.Module, mesh: Mesh | None) -> Weights:
+    """The parameters as they are, and what is to be compiled for them."""
+    graphdef, state = nnx.split(model)
+    leaves, treedef = jax.tree.flatten(state)
+    return Weights(_structure(graphdef, treedef, mesh), leaves)
+
+
+def placed(model: nnx.Module, mesh: Mesh, rules: tables.Table) -> nnx.Module:
+    """The model with its parameters laid on the mesh; those that are there already stay.
 
     Raises:
       RuleError, MeshError: if rules, parameters and mesh do not fit.
     """
-    graphdef, state = nnx.split(model)
-    if mesh is not None:
-        flat = {path: variable.get_value() for path, variable in nnx.to_flat_state(state)}
-        names = {path: "/".join(map(str, path)) for path in flat}
-        shapes = {names[path]: leaf for path, leaf in flat.items()}
-        where = sharding.parameter_shardings(shapes, rules, mesh)
-        state = nnx.from_flat_state(
-            (path, nnx.Param(jax.device_put(leaf, where[names[path]])))
-            for path, leaf in flat.items()
-        )
-    leaves, treedef = jax.tree.flatten(state)
-    return Weights(_structure(graphdef, treedef, mesh), leaves)
+    graphdef, leaves = params.split(model)
+    where = sharding.parameter_shardings(leaves, rules, mesh)
+    return params.merge(
+        graphdef, {path: jax.device_put(leaf, where[path]) for path, leaf in leaves.items()}
+    )
 
 
 class Choice(NamedTuple):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from mmjax.typing import Array
+
+# [B, T] integers, or a list of B lists of ids.
+Tokens = Array | np.ndarray | Sequence[Any]
 
 # Lengths below are not worth programs of their own.
 SHORTEST = 16
@@ -26,7 +30,7 @@ def bucket(length: int) -> int:
 
 
 def left_pad(
-    tokens: Array | np.ndarray | Sequence[Sequence[int]],
+    tokens: Tokens,
     mask: Array | np.ndarray | None,
     vocab_size: int,
     limit: int | None,
@@ -75,9 +79,7 @@ def left_pad(
     return padded, valid
 
 
-def _rows(
-    tokens: Array | np.ndarray | Sequence[Sequence[int]], mask: Array | np.ndarray | None
-) -> list[np.ndarray]:
+def _rows(tokens: Tokens, mask: Array | np.ndarray | None) -> list[np.ndarray]:
     """The valid tokens of each prompt."""
     if isinstance(tokens, list | tuple):
         if mask is not None:

@@ -8,11 +8,15 @@ repetition penalty (Keskar et al., 2019), then, where one samples, temperature, 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mmjax.typing import Array, Bool, Float, Int
+
+# An array [], or a number of numpy that is to become one.
+Number = Any
 
 
 @jax.tree_util.register_dataclass
@@ -29,10 +33,10 @@ class Sampler:
       top_k: only the k most probable tokens (and those as probable as the last of them).
     """
 
-    temperature: Float[Array, ""] | None = None
-    top_p: Float[Array, ""] | None = None
-    min_p: Float[Array, ""] | None = None
-    repetition_penalty: Float[Array, ""] | None = None
+    temperature: Number | None = None
+    top_p: Number | None = None
+    min_p: Number | None = None
+    repetition_penalty: Number | None = None
     top_k: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     def __call__(

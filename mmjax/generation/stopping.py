@@ -30,27 +30,25 @@ class StopStrings:
         return bool(self.strings)
 
     def cut(
-        self, tokens: np.ndarray, lengths: np.ndarray, done: np.ndarray, told: int, pad: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        self, tokens: np.ndarray, lengths: np.ndarray, done: np.ndarray, told: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Texts end with the token that completes a stop string.
 
         Args:
           tokens: [B, S] so far; lengths, done: [B].
           told: how many of them were looked at before.
-          pad: what follows an end.
 
         Returns:
-          New tokens, lengths and done.
+          New lengths and done.
         """
-        tokens, lengths, done = tokens.copy(), lengths.copy(), done.copy()
+        lengths, done = lengths.copy(), done.copy()
         for row, length in enumerate(lengths):
-            ids = list(map(int, tokens[row, :length]))
-            if length <= told or not self._stops(ids):
-                continue
-            end = next(n for n in range(told + 1, length + 1) if self._stops(ids[:n]))
-            tokens[row, end:] = pad
-            lengths[row], done[row] = end, True
-        return tokens, lengths, done
+            ids = tokens[row, :length].tolist()
+            if length > told and self._stops(ids):
+                ends = range(told + 1, length + 1)
+                lengths[row] = next(n for n in ends if self._stops(ids[:n]))
+                done[row] = True
+        return lengths, done
 
     def _stops(self, ids: list[int]) -> bool:
         text = self.decode(ids)
