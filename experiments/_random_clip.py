@@ -19,7 +19,7 @@ def write_random_clip(
     patch_size: int = 12,
     width: int = 64,
     depth: int = 2,
-    max_len: int = 16,
+    max_len: int = 77,
     seed: int = 0,
 ) -> Path:
     """Writes config.json, weights, preprocessor_config.json and a byte-level tokenizer.

@@ -18,7 +18,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments import _embedder, common
+from experiments import common
+from experiments.embedder import add_arguments, open_embedder
 from mmjax.config import ConfigError
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None) -> int:
     query.add_argument("--sheet", help="a PNG to draw the images found into")
     for command in (index, query):
         command.add_argument("--index", required=True, help="the directory of the index")
-        _embedder.add_arguments(command, required=False)
+        add_arguments(command, required=False)
     args = parser.parse_args(argv)
     return {"index": _index, "query": _query}[args.command](args)
 
@@ -64,7 +65,7 @@ def _index(args: argparse.Namespace) -> int:
     if not args.weights or not args.images:
         raise ConfigError(f"{directory} holds no index yet: give --weights and --images.")
     folder = existing(args.images, "The image folder")  # said before a model is read
-    embedder = _embedder.open_embedder(args)
+    embedder = open_embedder(args.weights, batch_size=args.batch_size, dtype=args.dtype)
 
     def progress(images: Iterator, total: int) -> Iterator:
         return tqdm(images, total=total, unit=" images", disable=not total, mininterval=0.5)
@@ -97,12 +98,11 @@ def _query(args: argparse.Namespace) -> int:
     if not 1 <= k <= len(index):
         raise ConfigError(f"--k is {k}, but the index {index.directory} has {len(index)} image(s).")
     args.weights = args.weights or index.header.model
-    embedder = _embedder.open_embedder(args)
+    embedder = open_embedder(args.weights, batch_size=args.batch_size, dtype=args.dtype)
     check_model(index.header, embedder, index.directory)
     found = []
     for name, vectors in _queries(args, embedder):
-        hits = index.search(vectors, k, args.backend)
-        rows = list(zip(hits.scores[0].tolist(), map(index.path, hits.rows[0]), strict=True))
+        (rows,) = index.files(index.search(vectors, k, args.backend))
         _show(name, rows, as_json=args.json)
         found.append((name, rows))
     if not found:

@@ -13,13 +13,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments import _embedder, common
+from experiments import common
+from experiments.embedder import add_arguments, open_embedder
 from mmjax.config import ConfigError
 
 
 def main(argv: Sequence[str] | None) -> int:
     parser = common.plain_parser(__doc__)
-    _embedder.add_arguments(parser, required=True)
+    add_arguments(parser, required=True)
     labels = parser.add_mutually_exclusive_group(required=True)
     labels.add_argument("--labels", nargs="+", metavar="LABEL")
     labels.add_argument("--classes", help="imagenet, cifar10, digits, or file:PATH, one a line")
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None) -> int:
     named = len(args.template) == 1 and "{" not in args.template[0]
     patterns = templates(args.template[0] if named else args.template)
     files = _files(args.images)
-    embedder = _embedder.open_embedder(args)
+    embedder = open_embedder(args.weights, batch_size=args.batch_size, dtype=args.dtype)
     if len(names) == 1 and not embedder.judges_alone:
         raise ConfigError("This model shares 100% among the labels: give at least two.")
     texts = [pattern.format(name) for name in names for pattern in patterns]

@@ -122,6 +122,13 @@ class Index:
             self._searches[backend] = BACKENDS[backend](self.embeddings, self.directory / name)
         return self._searches[backend](queries, k)
 
+    def files(self, hits: Hits) -> list[list[tuple[float, Path]]]:
+        """For each query its (score, file), best first."""
+        return [
+            [(score, self.path(row)) for score, row in zip(scores, rows, strict=True)]
+            for scores, rows in zip(hits.scores.tolist(), hits.rows.tolist(), strict=True)
+        ]
+
 
 def live_rows(segments: Sequence[Sequence[Entry]]) -> list[tuple[int, int]]:
     """(segment, row) of the last row of each file, ordered by path."""

@@ -1,19 +1,12 @@
 """A CLIP of Hugging Face format with random weights, made once, and a folder of pictures."""
 
 import jax
-import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
-from PIL import Image
+from search_pictures import picture
 
 from experiments._random_clip import write_random_clip
 from mmjax.search import Embedder
-
-
-def picture(seed: int, size=(40, 30)) -> Image.Image:
-    """Smooth random colours."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,7 +28,9 @@ def compiled_once(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
-    return write_random_clip(tmp_path_factory.mktemp("clip") / "weights", width=32, depth=1)
+    return write_random_clip(
+        tmp_path_factory.mktemp("clip") / "weights", width=32, depth=1, max_len=16
+    )
 
 
 @pytest.fixture(scope="session")

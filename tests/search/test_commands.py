@@ -105,7 +105,7 @@ def test_search_refuses(call, indexed, images, weights, tmp_path):
 def test_another_model_is_refused(call, indexed, weights, tmp_path):
     from experiments._random_clip import write_random_clip
 
-    other = write_random_clip(tmp_path / "other", width=32, depth=1, seed=1)
+    other = write_random_clip(tmp_path / "other", width=32, depth=1, max_len=16, seed=1)
     for argv in (("query", "--text", "a"), ("index",)):
         code, _, err = call(search.main, *argv, "--index", indexed, "--weights", other)
         assert code == 1 and "was made with the model in" in err

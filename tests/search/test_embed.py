@@ -5,8 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import picture
 from flax import nnx
+from search_pictures import picture
 
 import mmjax
 from mmjax.convert import ConversionError
@@ -144,3 +144,90 @@ def test_what_cannot_embed_is_refused_before_weights_are_read(weights, tmp_path)
         Embedder.load(other)
     with pytest.raises(ValueError, match="at least 1"):
         Embedder.load(weights, batch_size=0)
+
+
+TOWER = dict(
+    hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=30
+)
+# family -> (class, config, image processor); images 24 pixels in patches of 8, texts 8 tokens.
+FAMILIES = {
+    "siglip": (
+        "Siglip",
+        dict(
+            text_config={**TOWER, "max_position_embeddings": 8, "projection_size": 32},
+            vision_config={**TOWER, "image_size": 24, "patch_size": 8},
+        ),
+        ("SiglipImageProcessorPil", dict(size={"height": 24, "width": 24})),
+    ),
+    "siglip2": (
+        "Siglip2",
+        dict(
+            text_config={**TOWER, "max_position_embeddings": 8, "projection_size": 32},
+            vision_config={**TOWER, "num_patches": 16, "patch_size": 8},
+        ),
+        ("Siglip2ImageProcessorPil", dict(patch_size=8, max_num_patches=16)),
+    ),
+    "altclip": (
+        "AltCLIP",
+        dict(
+            text_config={**TOWER, "max_position_embeddings": 40, "project_dim": 24},
+            vision_config={**TOWER, "image_size": 24, "patch_size": 8},
+            projection_dim=24,
+        ),
+        ("CLIPImageProcessorPil", dict(size={"shortest_edge": 24}, crop_size=24)),
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families_equal_transformers(family, tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    name, options, (processor, settings) = FAMILIES[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**options)
+    model = getattr(transformers, f"{name}Model")(config).eval()
+    model.save_pretrained(tmp_path)
+    image_processor = getattr(transformers, processor)(**settings)
+    image_processor.save_pretrained(tmp_path)
+    word_tokenizer(attends=family != "altclip").save_pretrained(tmp_path)
+    # For SigLIP 2 it makes another kind of tokenizer of what was saved.
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    embedder = Embedder.load(tmp_path, batch_size=8)
+    images = image_processor([picture.convert("RGB") for picture in PICTURES], return_tensors="pt")
+    texts = ["a red cat", "a dog"]
+    padding = (
+        dict(padding=True) if family == "altclip" else dict(padding="max_length", max_length=8)
+    )
+    tokens = tokenizer(texts, return_tensors="pt", **padding)
+    with torch.no_grad():
+        out = model(**tokens, **images)
+    np.testing.assert_allclose(embedder.images(PICTURES), out.image_embeds.numpy(), atol=5e-6)
+    np.testing.assert_allclose(embedder.texts(texts), out.text_embeds.numpy(), atol=5e-6)
+    got = embedder.probabilities(embedder.images(PICTURES), embedder.texts(texts))
+    logits = out.logits_per_image
+    wanted = logits.softmax(-1) if family == "altclip" else logits.sigmoid()
+    np.testing.assert_allclose(got, wanted.numpy(), atol=2e-5)
+
+
+def word_tokenizer(attends: bool):
+    """One id for a word; without a mask where its model attends to padding."""
+    import tokenizers
+    import transformers
+
+    words = ["<s>", "<pad>", "</s>", "<unk>", "a", "red", "cat", "dog"]
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    names = ["input_ids"] if attends else ["input_ids", "attention_mask"]
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_input_names=names,
+    )

@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import picture
+from search_pictures import picture
 
 from mmjax.data.sources import DataNotFoundError
 from mmjax.registry import UnknownNameError

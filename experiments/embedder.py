@@ -1,4 +1,4 @@
-"""The embedder of what a user names by --weights: a Hugging Face directory, or a run's workdir."""
+"""The embedder of a Hugging Face directory or of a run of our own, as commands take it."""
 
 from __future__ import annotations
 
@@ -25,24 +25,31 @@ def add_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
     parser.add_argument("--dtype", help="of the computation: float32 (default) or bfloat16")
 
 
-def open_embedder(args: argparse.Namespace) -> Embedder:
-    """The embedder that the arguments ask for.
+def open_embedder(
+    weights: str | Path, *, batch_size: int = 32, dtype: str | None = None
+) -> Embedder:
+    """Images and texts into one space, by the model in a directory.
+
+    Args:
+      weights: a directory of Hugging Face format, or the work directory of a run.
+      batch_size: images at a time.
+      dtype: of the computation; float32 if None. A run computes in the type of its config.
 
     Raises:
       ValueError: not a model of images and texts, or not a whole one; the message says what.
     """
     from mmjax.search import Embedder, fingerprint
 
-    directory = Path(args.weights).expanduser()
+    directory = Path(weights).expanduser()
     if not (directory / "checkpoints").is_dir():
-        return Embedder.load(directory, batch_size=args.batch_size, dtype=args.dtype)
+        return Embedder.load(directory, batch_size=batch_size, dtype=dtype)
 
     from experiments.convert import read_orbax
     from mmjax.data.run_processor import RunProcessor
     from mmjax.data.tokenizer import build_tokenizer
 
-    if args.dtype:
-        raise ConfigError("A run computes in the type it was trained in: leave --dtype out.")
+    if dtype:
+        raise ConfigError("A run computes in the type of its config: leave --dtype out.")
     if not (directory / "config.json").is_file():
         raise ConfigError(
             f"{directory} holds weights without preprocessing (what experiments.convert wrote as "
@@ -52,7 +59,7 @@ def open_embedder(args: argparse.Namespace) -> Embedder:
     return Embedder(
         read_orbax(directory),
         RunProcessor(data["train"], build_tokenizer(data, directory)),
-        batch_size=args.batch_size,
+        batch_size=batch_size,
         identity=fingerprint(directory, _run_files(directory)),
         directory=directory.absolute(),
     )
