@@ -182,3 +182,14 @@ def test_padding_and_neighbours_do_not_matter(saved):
     np.testing.assert_allclose(encode(tokens[2:, :4])[0], together[2], atol=1e-5)
     other = jnp.where(mask, tokens, 9)
     np.testing.assert_allclose(encode(other, mask), together, atol=1e-5)
+
+
+def test_another_resolution(saved):
+    """Positions are interpolated once, on loading."""
+    reference, source = saved
+    model = mmjax.convert.from_pretrained(source, image_size=32)
+    images = pixels(2, 32, 32, 3)
+    features = reference.get_image_features(channels_first(images), interpolate_pos_encoding=True)
+    expected = features.pooler_output / features.pooler_output.norm(dim=1, keepdim=True)
+    found = quick(model, images, function=AltCLIP.encode_image)
+    parity.close("AltCLIPModel", "another resolution", found, expected)
