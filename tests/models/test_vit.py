@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from functional import jitted
 
-from mmjax.models import MODELS, ViT, ViTConfig, vit_size
+from mmjax.models import MODELS, ProjectionConfig, ViT, ViTConfig, vit_size
 
 CONFIG = ViTConfig(
     image_size=32,
@@ -204,6 +204,14 @@ def test_sizes_have_the_published_number_of_parameters(size, count):
         ({"patch_dropout": -0.1}, "patch_dropout=-0.1"),
         ({"pooling": "none"}, "num_classes=5"),
         ({"depth": 0}, "at least one block"),
+        ({"registers": 2, "pooling": "mean"}, "registers=2 .* need a class token"),
+        ({"head_input": "patch"}, "did you mean 'patches'"),
+        ({"head_input": "cls_and_patches", "pooling": "map"}, "need a class token"),
+        ({"interpolation": "cubic"}, "did you mean 'bicubic'"),
+        (
+            {"pooling": "none", "num_classes": 0, "projection": ProjectionConfig(8)},
+            "projection needs a pooled vector",
+        ),
     ],
 )
 def test_bad_configs_say_what_is_wrong(changes, message):
@@ -217,8 +225,37 @@ def test_bad_images_say_what_is_wrong():
         model(jnp.ones((1, 32, 45, 3)))
     with pytest.raises(ValueError, match="4 channels where the model has 3"):
         model(jnp.ones((1, 32, 32, 4)))
+    with pytest.raises(ValueError, match="needs a mask token"):
+        model(jnp.ones((1, 32, 32, 3)), masked=jnp.ones((1, 16), bool))
     with pytest.raises(ValueError, match="no block 2 in a stack of 2"):
         model(jnp.ones((1, 32, 32, 3)), features=(2,))
+
+
+@pytest.mark.parametrize(
+    ("head_input", "width"),
+    [("pooled", 8), ("patches", 32), ("raw_patches", 32), ("cls_and_patches", 64)],
+)
+def test_what_the_head_sees(images, head_input, width):
+    """Registers and the class token are no patches; a square image size is one number."""
+    changes = {"registers": 3, "projection": ProjectionConfig(8), "image_size": (32, 32)}
+    model = build(**changes, head_input=head_input)
+    assert model.config.image_size == 32
+    assert model.config.head_width == model.head.kernel.shape[0] == width
+    model.head.kernel.set_value(jnp.ones((width, 5)))
+    out = jitted(model, _with_last)(images)
+    raw, tokens = np.asarray(out.features[0]), np.asarray(out.tokens)
+    assert tokens.shape == (3, 1 + 3 + 16, 32)
+    expected = {
+        "pooled": out.pooled,
+        "patches": tokens[:, 4:].mean(1),
+        "raw_patches": raw[:, 4:].mean(1),
+        "cls_and_patches": np.concatenate([tokens[:, 0], tokens[:, 4:].mean(1)], 1),
+    }[head_input]
+    np.testing.assert_allclose(out.logits[:, 0], expected.sum(1), atol=2e-5)
+
+
+def _with_last(model, images):
+    return model(images, features=(-1,))
 
 
 def test_partial_patches_can_be_cropped():

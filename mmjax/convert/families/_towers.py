@@ -50,13 +50,13 @@ def block_options(config: Any) -> dict[str, Any]:
     }
 
 
-def image_fields(hf: Any) -> dict[str, Any]:
-    """Size, patches and channels of a ViT; square images only."""
+def image_fields(hf: Any, channels: int | None = None) -> dict[str, Any]:
+    """Size, patches and channels (if the config does not say them) of a ViT; square images only."""
     size, patch = square(hf.image_size, "image_size"), square(hf.patch_size, "patch_size")
     return {
         "image_size": size,
         "patch_size": patch,
-        "channels": hf.num_channels,
+        "channels": hf.num_channels if channels is None else channels,
         # Their convolutions leave out pixels that fill no patch; ours do where they have to.
         "partial_patches": "crop" if size % patch else "error",
         "position": "learned",
