@@ -48,6 +48,14 @@ def test_paths_bytes_and_company_make_no_difference(embedder, tmp_path):
         embedder.images([])
 
 
+def test_one_compilation_for_batches_and_one_for_single_items(weights):
+    embedder = Embedder.load(weights, batch_size=16)
+    for count in (1, 3, 16, 21):
+        assert embedder.images(PICTURES[:1] * count).shape == (count, 32)
+        assert embedder.texts(["cat", "a red dog", "a"][: min(count, 3)]).shape[1] == 32
+    assert embedder._image._cache_size() == embedder._text._cache_size() == 2
+
+
 def test_transparency_is_on_white(embedder, tmp_path):
     clear = PICTURES[0].copy()
     clear.putalpha(0)
