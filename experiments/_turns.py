@@ -20,10 +20,11 @@ def rivals(sides: Mapping[str, Callable[[Any], Any]], job: Any) -> Iterator[Call
       job: what all of them do; it is pickled.
     """
     context = multiprocessing.get_context("spawn")
-    pipes = {}
+    pipes, processes = {}, []
     for name, side in sides.items():
         pipes[name], theirs = context.Pipe()
-        context.Process(target=_serve, args=(side, job, theirs), daemon=True).start()
+        processes.append(context.Process(target=_serve, args=(side, job, theirs), daemon=True))
+        processes[-1].start()
         theirs.close()  # so that a side that dies is noticed
         pipes[name].recv()
 
@@ -32,8 +33,9 @@ def rivals(sides: Mapping[str, Callable[[Any], Any]], job: Any) -> Iterator[Call
         return pipes[name].recv()
 
     yield ask
-    for pipe in pipes.values():
+    for pipe, process in zip(pipes.values(), processes, strict=True):
         pipe.send(None)
+        process.join()
 
 
 def _serve(side: Callable[[Any], Any], job: Any, pipe: Any) -> None:

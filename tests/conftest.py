@@ -10,7 +10,8 @@ from jaxtyping import install_import_hook
 
 # Continuous shape checks: annotations of these packages are verified at each call.
 _hook = install_import_hook(
-    ["mmjax.nn", "mmjax.models", "mmjax.losses", "mmjax.train"], "beartype.beartype"
+    ["mmjax.nn", "mmjax.models", "mmjax.losses", "mmjax.train", "mmjax.generation"],
+    "beartype.beartype",
 )
 
 import jax  # noqa: E402

@@ -13,7 +13,6 @@ from tokenizers import (
     Tokenizer,
     decoders,
     models,
-    normalizers,
     pre_tokenizers,
     processors,
 )
@@ -141,8 +140,8 @@ def _sentencepiece(facts: Mapping[str, Any]) -> Tokenizer:
     )
     space = "\u2581"
     begins = facts.get("add_space_prefix", True)
-    result.normalizer = normalizers.Sequence(
-        [normalizers.Prepend(space)] * begins + [normalizers.Replace(" ", space)]
+    result.pre_tokenizer = pre_tokenizers.Metaspace(
+        replacement=space, prepend_scheme="first" if begins else "never", split=False
     )
     result.decoder = decoders.Sequence(
         [decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse()]

@@ -1,9 +1,18 @@
 """Tiny models, made once."""
 
+import jax
 import pytest
 import writers
 
 from mmjax.generation import Generator
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Programs that run once are compiled with less effort."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import writers
 from flax import nnx
 
 import mmjax
+from mmjax import params
 from mmjax.generation import Generator
 from mmjax.models.lm import LM, LMConfig
 from mmjax.nn.rope import Rope
@@ -34,11 +35,11 @@ def make_model(**options):
             **options,
         }
     )
-    graph, shapes = nnx.split(nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0))))
+    graph, shapes = params.abstract(lambda: LM(config, rngs=nnx.Rngs(0)))
     draw = np.random.default_rng(0).standard_normal
-    return nnx.merge(
-        graph, jax.tree.map(lambda s: jnp.asarray(0.4 * draw(s.shape), s.dtype), shapes)
-    )
+    # Norms near the identity, and all else so large that texts go on changing.
+    weights = {path: 0.3 * draw(s.shape) + path.endswith("scale") for path, s in shapes.items()}
+    return params.merge(graph, {path: jnp.float32(value) for path, value in weights.items()})
 
 
 @pytest.fixture(scope="module")
@@ -169,12 +170,13 @@ def test_stop_strings(generator):
     rows = writers.prompts()
     free = generator(rows, max_new_tokens=30).tokens
     # Pieces of what rows 0 and 2 write, across the borders of tokens.
-    stops = [f"{free[0, 11]}><{free[0, 12]}>"[1:], f"{free[2, 20]}><{free[2, 21]}"]
+    stops = [f"{free[0, 11]}><{free[0, 12]}", f">{'><'.join(map(str, free[2, 20:23]))}"[1:-1]]
     expected = []
     for row in free.tolist():
         ends = (n for n in range(1, 31) if any(s in decode(row[:n]) for s in stops))
         expected.append(next(ends, 30))
-    assert expected[0] <= 13 and expected[2] <= 22 and max(expected) == 30
+    print(free, stops, expected)
+    assert expected[0] <= 13 and expected[2] <= 23 and max(expected) == 30
     parts = []
     for stream in (None, parts.append):
         out = generator(
