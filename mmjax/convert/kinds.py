@@ -7,6 +7,7 @@ A kind lists the tensors a module may have. Every transform is a bijection, so o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -45,15 +46,20 @@ class Leaf(NamedTuple):
 
 Kind = tuple[Leaf, ...]
 
+# The functions below return the same object for the same arguments: what is compiled for a
+# transform serves all loads.
+
 SAME = Transform(lambda x: (x,), lambda x: x, lambda spec: spec)
 TRANSPOSED = Transform(lambda x: (x.T,), lambda x: x.T, lambda spec: PartitionSpec(*spec[::-1]))
 
 
+@functools.cache
 def array(theirs: tuple[int, ...], ours: tuple[int, ...]) -> Kind:
     """A tensor on its own that has another shape here; each shape may contain one -1."""
     return (Leaf("", "", Transform(lambda x: (x.reshape(ours),), lambda x: x.reshape(theirs))),)
 
 
+@functools.cache
 def patch(patch_size: int, channels: int) -> Kind:
     """The convolution [D, C, p, p] of a patch embedding as our matrix [p * p * C, D]."""
 
@@ -67,6 +73,7 @@ def patch(patch_size: int, channels: int) -> Kind:
     return (Leaf(".weight", "/kernel", Transform(to_ours, to_theirs)), Leaf(".bias", "/bias", SAME))
 
 
+@functools.cache
 def split(parts: tuple[int, ...], *, transposed: bool) -> Transform:
     """Outputs of one linear map that are several here, of relative sizes `parts`.
 
@@ -89,6 +96,7 @@ def split(parts: tuple[int, ...], *, transposed: bool) -> Transform:
     return Transform(to_ours, to_theirs)
 
 
+@functools.cache
 def fused(*sizes: int, weight: str = ".weight", bias: str = ".bias") -> Kind:
     """A linear layer [outputs, inputs] whose outputs are several linear layers here.
 
