@@ -92,7 +92,7 @@ class Generator:
         self._stepping = self._reading
         if backend.platform() == "cpu":
             # A step does little but read every weight, and here a slice of stacked weights is a
-            # copy. On accelerators it costs nothing.
+            # copy. Elsewhere slices are left to the compiler, and no weight is held twice.
             self._stepping = programs.weights(self.model.unstack(), mesh)
 
     def __call__(
