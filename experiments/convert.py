@@ -11,16 +11,19 @@ An Orbax target has the layout of a work directory, so that `config.init` can na
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from experiments import common
 from mmjax.config import ConfigError
+from mmjax.data.sources import existing
 
 MODEL = "model.json"
+TOKENIZER = "tokenizer"  # in a work directory
 
 
 def main(argv: Sequence[str] | None) -> int:
@@ -45,10 +48,11 @@ def main(argv: Sequence[str] | None) -> int:
         _check_target(source, target, overwrite=args.overwrite)
     model = read_orbax(source) if run else _from_pretrained(source)
     if target is not None:
-        if to == "orbax":
-            write_orbax(model, target, args.dtype, overwrite=args.overwrite)
-        else:
-            _to_hf(model, target, args)
+        with _companions(source, args.like) as companions:
+            if to == "orbax":
+                write_orbax(model, target, args.dtype, companions)
+            else:
+                _to_hf(model, target, args, companions)
         print(f"{target} is written ({to}).", flush=True)
     if args.verify:
         return _verify(model, source, target, to)
@@ -93,14 +97,18 @@ def read_orbax(directory: Path):
     return model
 
 
-def write_orbax(model, directory: Path, dtype: str | None, *, overwrite: bool) -> None:
-    """The parameters as an Orbax checkpoint, in the layout of a run's work directory."""
+def write_orbax(model, directory: Path, dtype: str | None, companions: Path | None) -> None:
+    """The parameters as an Orbax checkpoint, in the layout of a run's work directory.
+
+    Args:
+      companions: a directory whose tokenizer and processor files are copied.
+    """
     import dataclasses
 
     import jax
     import orbax.checkpoint as ocp
 
-    from mmjax.convert.save import replace_directory
+    from mmjax.convert.save import copy_companions, replace_directory
     from mmjax.models import MODELS
     from mmjax.params import split
 
@@ -126,6 +134,8 @@ def write_orbax(model, directory: Path, dtype: str | None, *, overwrite: bool) -
             checkpointer.save(scratch / "checkpoints" / "0" / "state", {"trainable": params})
         text = json.dumps(content, indent=2, sort_keys=True) + "\n"
         (scratch / MODEL).write_text(text, encoding="utf-8")
+        if companions is not None:
+            copy_companions(companions, scratch / TOKENIZER)
         replace_directory(scratch, directory)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -138,18 +148,31 @@ def _from_pretrained(source: Path):
     return from_pretrained(source)
 
 
-def _to_hf(model, target: Path, args: argparse.Namespace) -> None:
+@contextlib.contextmanager
+def _companions(source: Path, like: str | None) -> Iterator[Path | None]:
+    """A directory with tokenizer and processor files; None where the source has none of its own."""
+    if like is not None:
+        yield existing(like, "--like")
+    elif source.is_file():
+        from mmjax.convert.gguf_tokenizer import read_tokenizer
+
+        with tempfile.TemporaryDirectory() as scratch:
+            read_tokenizer(source).save_pretrained(scratch)
+            yield Path(scratch)
+    elif (source / TOKENIZER).is_dir():
+        yield source / TOKENIZER
+    else:
+        yield source
+
+
+def _to_hf(model, target: Path, args: argparse.Namespace, companions: Path | None) -> None:
     from mmjax.convert import save_pretrained
 
-    like = args.like
-    tokenizer = Path(args.source) / "tokenizer"
-    if like is None and tokenizer.is_dir():  # a run's own tokenizer
-        like = tokenizer
     save_pretrained(
         model,
         target,
         architecture=args.architecture,
-        like=like,
+        like=companions,
         dtype=args.dtype,
         max_shard_size=int(args.max_shard_gb * 10**9),
         overwrite=args.overwrite,

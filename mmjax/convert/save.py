@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ def save_pretrained(
             (scratch / CONFIG).write_text(text, encoding="utf-8")
             source = like if like is not None else origin and origin.directory
             if source is not None and Path(source).is_dir():
-                _copy_companions(Path(source), scratch)
+                copy_companions(Path(source), scratch)
             replace_directory(scratch, directory)
     except BaseException:
         if first:
@@ -237,11 +237,12 @@ def to_host(array: jax.Array) -> np.ndarray:
     return np.asarray(array)
 
 
-def _copy_companions(source: Path, target: Path) -> None:
+def copy_companions(source: Path, target: Path) -> None:
+    """Files of tokenizer and processor, as far as they are there."""
     for pattern in COMPANIONS:
         for file in source.glob(pattern):
             place = target / file.relative_to(source)
-            place.parent.mkdir(exist_ok=True)
+            place.parent.mkdir(parents=True, exist_ok=True)
             if file.is_file():
                 shutil.copy2(file, place)
 
@@ -262,6 +263,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-__all__: Sequence[str] = ["COMPANIONS", "describe", "save_pretrained", "to_host"]

@@ -17,10 +17,10 @@ gguf = pytest.importorskip("gguf")
 KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 
 
-def llama(**options):
+def llama(vocab_size=96, **options):
     transformers = hf.transformers()
     config = transformers.LlamaConfig(
-        vocab_size=96,
+        vocab_size=vocab_size,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,
@@ -59,7 +59,8 @@ def write(path: Path, model, kind: str, *, metadata=None, extra=()) -> Path:
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     for key, value in (metadata or {}).items():
-        writer.add_string(key, value)
+        add = writer.add_array if isinstance(value, list) else writer.add_string
+        add(key, value)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     for name, array in state.items():
@@ -132,6 +133,37 @@ def test_what_would_be_computed_differently_is_refused(tmp_path):
     (tmp_path / "c.gguf").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ConversionError, match="damaged or truncated"):
         mmjax.from_pretrained(tmp_path / "c.gguf")
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("to", ["hf", "orbax"])
+def test_the_command_converts_weights_and_tokenizer(to, tmp_path):
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import AutoTokenizer
+
+    from experiments import convert
+    from mmjax import params
+
+    letters = sorted(ByteLevel.alphabet())
+    tokens = ["<unk>", "<s>", "</s>", *letters, "at"]
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3, 3, 3] + [1] * (len(tokens) - 3),
+        "tokenizer.ggml.merges": ["a t"],
+    }
+    path = write(tmp_path / "model.gguf", llama(len(tokens)), "F16", metadata=metadata)
+    target = tmp_path / "target"
+    assert convert.main(["--source", str(path), "--target", str(target), "--to", to]) == 0
+    if to == "orbax":
+        path, target = target, tmp_path / "back"
+        assert convert.main(["--source", str(path), "--target", str(target)]) == 0
+    expected = params.split(mmjax.from_pretrained(tmp_path / "model.gguf"))[1]
+    for name, array in params.split(mmjax.from_pretrained(target))[1].items():
+        np.testing.assert_array_equal(array, expected[name])
+    ids = AutoTokenizer.from_pretrained(target)("cat")["input_ids"]
+    assert ids == [tokens.index("c"), tokens.index("at")]
 
 
 def smollm2() -> Path:

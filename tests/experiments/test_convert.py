@@ -87,6 +87,7 @@ def test_hf_to_orbax_and_back(tmp_path, capsys):
     assert convert.main(["--source", str(source), "--target", str(orbax)]) == 0
     assert convert.main(["--source", str(orbax), "--target", str(again), "--verify"]) == 0
     assert "image block 1" in capsys.readouterr().out
+    assert (orbax / "tokenizer" / "tokenizer_config.json").exists()
     first = params.split(mmjax.from_pretrained(source))[1]
     second = params.split(mmjax.from_pretrained(again))[1]
     for path, value in first.items():
