@@ -165,7 +165,7 @@ def test_zero_shot_refuses(call, images, weights, tmp_path):
 def test_the_workdir_of_a_run(call, images, weights, tmp_path):
     """A run's own checkpoint, tokenizer and preprocessing take the place of a HF directory."""
     run = tmp_path / "run"
-    write_orbax(mmjax.from_pretrained(weights), run, None, overwrite=False)
+    write_orbax(mmjax.from_pretrained(weights), run, dtype=None, companions=None)
     stored = json.loads((run / "model.json").read_text())
     argv = ("index", "--weights", run, "--images", images, "--index", tmp_path / "index")
     code, _, err = call(search.main, *argv)
