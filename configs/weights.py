@@ -79,11 +79,13 @@ def _tower(there: dict[str, Any], which: str, weights: str) -> tuple[dict[str, A
         fields, prefix = {key: value for key, value in there.items() if key != "name"}, ""
     else:
         raise ConfigError(f"{weights} holds a {there['name']!r}, which has no {which} tower.")
-    return {**fields, **({"projection": None} if "projection" in fields else {})}, prefix
+    if "projection" in fields:
+        fields = {**fields, "projection": None}
+    return fields, prefix
 
 
 def _keep(own: dict[str, Any], there: dict[str, Any]) -> dict[str, Any]:
     """The fields of a tower, but for those that are the config's to say."""
-    theirs = ("image_size", "dtype", "remat", "drop_path", "patch_dropout")
-    kept = {key: own[key] for key in theirs if key in own and key in there}
+    fields = ("image_size", "dtype", "remat", "drop_path", "patch_dropout")
+    kept = {key: own[key] for key in fields if key in own and key in there}
     return {**there, **kept}

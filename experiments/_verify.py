@@ -22,6 +22,9 @@ from mmjax.registry import Registry
 LIMIT = 1e-4
 BATCH, LENGTH = 2, 16
 
+# BERT and the text towers, which are called alike.
+TEXT = "text encoder"
+
 # (name, ours, theirs)
 Row = tuple[str, Any, Any]
 
@@ -50,10 +53,9 @@ def parity_table(model: nnx.Module, directory: Path) -> tuple[str, bool]:
     architecture = json.loads((directory / CONFIG).read_text("utf-8"))["architectures"][0]
     loader = getattr(transformers, architecture)
     reference = loader.from_pretrained(directory, dtype=torch.float32).eval()
-    kind = next((kind for kind in type(model).__mro__ if kind.__name__ in COMPARISONS), None)
-    if kind is None:
-        kind = _Text  # BERT, and the text towers: they are called alike
-    rows = list(COMPARISONS[kind.__name__](model, reference))
+    kinds = (kind.__name__ for kind in type(model).__mro__)
+    kind = next((kind for kind in kinds if kind in COMPARISONS), TEXT)
+    rows = list(COMPARISONS[kind](model, reference))
     differences = [
         (name, float(np.abs(a - b).max()), float(np.abs(b).max())) for name, a, b in rows
     ]
@@ -70,10 +72,6 @@ def parity_table(model: nnx.Module, directory: Path) -> tuple[str, bool]:
 
 # By name of our class: (ours, theirs) -> rows.
 COMPARISONS: Registry[Callable[[nnx.Module, Any], Iterator[Row]]] = Registry("comparison")
-
-
-class _Text:
-    """What stands for all text encoders in `COMPARISONS`."""
 
 
 @COMPARISONS.register("LM")
@@ -96,7 +94,7 @@ def _naflex(model: NaFlexViT, reference: Any) -> Iterator[Row]:
     yield from _image_rows(model, _call(reference, **_naflex_inputs(model.config)))
 
 
-@COMPARISONS.register("_Text")
+@COMPARISONS.register(TEXT)
 def _text(model: nnx.Module, reference: Any) -> Iterator[Row]:
     tokens = _tokens(_vocabulary(model))
     yield from _text_rows(model, tokens, _call(reference, input_ids=tokens))

@@ -13,11 +13,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import mmjax
 from experiments import common
 from mmjax.config import ConfigError
 from mmjax.data.sources import existing
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None) -> int:
     target = None if args.target is None else Path(args.target)
     if target is not None:
         _check_target(source, target, overwrite=args.overwrite)
-    model = read_orbax(source) if run else _from_pretrained(source)
+    model = read_orbax(source) if run else mmjax.from_pretrained(source)
     if target is not None:
         with _companions(source, args.like) as companions:
             if to == "orbax":
@@ -73,7 +73,6 @@ def read_orbax(directory: Path):
     import jax
     from flax import nnx
 
-    import mmjax
     from mmjax.convert.family import Origin
     from mmjax.params import abstract, merge
     from mmjax.train.checkpoints import restore_params
@@ -108,7 +107,7 @@ def write_orbax(model, directory: Path, dtype: str | None, companions: Path | No
     import jax
     import orbax.checkpoint as ocp
 
-    from mmjax.convert.save import copy_companions, replace_directory
+    from mmjax.convert.save import copy_companions, whole_directory
     from mmjax.models import MODELS
     from mmjax.params import split
 
@@ -126,26 +125,13 @@ def write_orbax(model, directory: Path, dtype: str | None, companions: Path | No
         "model": {"name": names[0], **dataclasses.asdict(model.config)},
         "origin": origin and dataclasses.asdict(origin),
     }
-    directory = directory.absolute()
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
+    with whole_directory(directory) as scratch:
         with ocp.PyTreeCheckpointer() as checkpointer:
             checkpointer.save(scratch / "checkpoints" / "0" / "state", {"trainable": params})
         text = json.dumps(content, indent=2, sort_keys=True) + "\n"
         (scratch / MODEL).write_text(text, encoding="utf-8")
         if companions is not None:
             copy_companions(companions, scratch / TOKENIZER)
-        replace_directory(scratch, directory)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-
-
-def _from_pretrained(source: Path):
-    from mmjax.convert import from_pretrained
-
-    return from_pretrained(source)
 
 
 @contextlib.contextmanager
@@ -166,9 +152,7 @@ def _companions(source: Path, like: str | None) -> Iterator[Path | None]:
 
 
 def _to_hf(model, target: Path, args: argparse.Namespace, companions: Path | None) -> None:
-    from mmjax.convert import save_pretrained
-
-    save_pretrained(
+    mmjax.save_pretrained(
         model,
         target,
         architecture=args.architecture,

@@ -50,8 +50,6 @@ class Family:
       ignored: config of our module -> patterns over whole canonical names of tensors that are
         knowingly not used.
       aliases: further class names whose checkpoints this family reads (their heads being ignored).
-      canonical: config of our module -> the same with fields that make no difference to this
-        architecture set to one value; the comparison of `from_hf` and `to_hf` is made after it.
     """
 
     model_type: str
@@ -62,7 +60,6 @@ class Family:
     renames: Sequence[tuple[str, str]] = ()
     ignored: Callable[[Any], Sequence[str]] = lambda config: ()
     aliases: Sequence[str] = ()
-    canonical: Callable[[Any], Any] = lambda config: config
 
 
 # By name of the class in transformers ("architectures" in config.json).

@@ -22,7 +22,7 @@ from mmjax.typing import Array
 class Transform:
     """One tensor of theirs to one or several parameters of ours, and the inverse.
 
-    Both functions use array methods only and run under `jax.jit`.
+    Both functions are traceable.
 
     Attributes:
       to_ours: their tensor -> a tuple of our arrays.

@@ -58,11 +58,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise ConversionError(f"There is no {path}: give the directory of a checkpoint.")
     if path.is_file():
         content, tensors = gguf.open_file(path)
+        architecture, family = find(content, str(path))
     else:
         content = read_json(path / CONFIG)
-        find(content, str(path))  # an unknown type is said before anything about weights
+        architecture, family = find(content, str(path))
         tensors = files.open_directory(path)
-    architecture, family = find(content, str(path))
     file_names = rename(tensors.shapes, family.renames, str(path))
     hf = transformers_config(content, str(path))
     source = Source(hf, frozenset(file_names), path if path.is_dir() else None)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +100,7 @@ def save_pretrained(
     content |= {"architectures": [name], "dtype": largest.dtype.name}
     content.pop("torch_dtype", None)
     first = jax.process_index() == 0
-    if first:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    else:
-        scratch = directory
-    try:
+    with whole_directory(directory) if first else contextlib.nullcontext(directory) as scratch:
         write_directory(scratch, items, max_shard_size, write=first)
         if first:
             text = json.dumps(content, indent=2, sort_keys=True) + "\n"
@@ -112,11 +108,6 @@ def save_pretrained(
             source = like if like is not None else origin and origin.directory
             if source is not None and Path(source).is_dir():
                 copy_companions(Path(source), scratch)
-            replace_directory(scratch, directory)
-    except BaseException:
-        if first:
-            shutil.rmtree(scratch, ignore_errors=True)
-        raise
 
 
 def describe(
@@ -148,7 +139,7 @@ def describe(
             hf = family.to_hf(model.config)
             tensor_names = frozenset(entry.name for entry in entries)
             again = family.from_hf(Source(hf, tensor_names, None))
-            difference = _difference(family, again, model.config)
+            difference = _difference(again, model.config)
         except (ValueError, AttributeError) as error:
             reasons.append(f"  {name}: {error}")
             continue
@@ -162,11 +153,9 @@ def describe(
     )
 
 
-def _difference(family: Family, theirs: Any, ours: Any) -> list[str]:
-    """Fields that differ, but for those of running and training and those that do not matter."""
-    theirs, ours = (
-        _flat(family.canonical(with_fields(config, **_RUNTIME))) for config in (theirs, ours)
-    )
+def _difference(theirs: Any, ours: Any) -> list[str]:
+    """Fields that differ, but for those of running and training."""
+    theirs, ours = (_flat(with_fields(config, **_RUNTIME)) for config in (theirs, ours))
     return [
         f"{key}={ours.get(key)!r} (it would be {theirs.get(key)!r})"
         for key in sorted(theirs.keys() | ours.keys())
@@ -196,7 +185,7 @@ def _content(
     if original.get("model_type") != family.model_type:
         return new
     before = family.from_hf(Source(transformers_config(original, origin.directory), names, None))
-    if not _difference(family, before, config):
+    if not _difference(before, config):
         return original
     old = json.loads(family.to_hf(before).to_json_string(use_diff=False))
     return _with_changes(original, old, new)
@@ -221,13 +210,9 @@ def _item(entry: Entry, params: Mapping[str, Any], dtype: np.dtype | None) -> It
 
     def data() -> np.ndarray:
         parts = arrays if entry.layer is None else [array[entry.layer] for array in arrays]
-        return to_host(_to_theirs(entry.transform.to_theirs, *parts).astype(kind))
+        return to_host(entry.transform.to_theirs(*parts).astype(kind))
 
     return Item(entry.name, kind, entry.shape, data)
-
-
-def _to_theirs(transform: Callable[..., jax.Array], *parts: jax.Array) -> jax.Array:
-    return transform(*parts)
 
 
 def to_host(array: jax.Array) -> np.ndarray:
@@ -247,19 +232,24 @@ def copy_companions(source: Path, target: Path) -> None:
                 shutil.copy2(file, place)
 
 
-def replace_directory(scratch: Path, directory: Path) -> None:
-    """A finished scratch directory takes the place of the old one, which is there until then."""
-    os.chmod(scratch, 0o777 & ~_umask())  # scratch directories are private
-    old = None
-    if directory.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
-        os.replace(directory, old)
-    os.replace(scratch, directory)
-    if old is not None:
-        shutil.rmtree(old)
+@contextlib.contextmanager
+def whole_directory(directory: Path) -> Iterator[Path]:
+    """A directory to write into, which takes the place of `directory` at the end of the block.
 
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    What was there before is there until then, and stays there if anything fails.
+    """
+    directory = directory.absolute()
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as scratch:
+        new = Path(scratch) / "new"
+        new.mkdir()
+        yield new
+        old = Path(scratch) / "old"
+        if directory.exists():
+            os.replace(directory, old)
+        try:
+            os.replace(new, directory)
+        except BaseException:
+            if old.exists():
+                os.replace(old, directory)
+            raise
