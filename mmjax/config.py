@@ -183,14 +183,24 @@ def difference(old: str, new: str, ignore: Sequence[str] = ()) -> list[str]:
 def dataclass_from(cls: type[T], config: Mapping[str, Any], where: str) -> T:
     """A (nested) frozen dataclass from a ConfigDict.
 
+    A dataclass with a field `name` that is no argument (`init=False`) stands for itself and for its
+    subclasses: a group's key `name` picks the one whose constant it is. A field may also be of
+    several such classes, `Config | OtherConfig`.
+
     Args:
       cls: the dataclass.
       config: a mapping with its fields.
       where: where the mapping stands in the config, for error messages.
 
     Raises:
-      ConfigError: naming every unknown field (with the nearest) and every missing one.
+      ConfigError: naming every unknown field (with the nearest) and every missing one, or a variant
+        that does not exist.
     """
+    return _dataclass_from((cls,), config, where)
+
+
+def _dataclass_from(options: tuple[type, ...], config: Mapping[str, Any], where: str) -> Any:
+    cls, config = _variant(options, config, where)
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     problems = [
@@ -208,9 +218,9 @@ def dataclass_from(cls: type[T], config: Mapping[str, Any], where: str) -> T:
     values = {}
     for key in config:
         value = config[key]
-        inner = _dataclass_in(hints[key])
-        if inner is not None and isinstance(value, Mapping | ConfigDict):
-            value = dataclass_from(inner, value, f"{where}.{key}")
+        options = _dataclasses_in(hints[key])
+        if options and isinstance(value, Mapping | ConfigDict):
+            value = _dataclass_from(options, value, f"{where}.{key}")
         elif isinstance(value, ConfigDict):
             value = value.to_dict()
         elif isinstance(value, list):
@@ -219,10 +229,41 @@ def dataclass_from(cls: type[T], config: Mapping[str, Any], where: str) -> T:
     return cls(**values)
 
 
-def _dataclass_in(hint: Any) -> type | None:
-    """The dataclass of an annotation `Config` or `Config | None`."""
+def _dataclasses_in(hint: Any) -> tuple[type, ...]:
+    """The dataclasses of an annotation `Config`, `Config | None` or `Config | OtherConfig`."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return next((option for option in options if dataclasses.is_dataclass(option)), None)
+    return tuple(option for option in options if dataclasses.is_dataclass(option))
+
+
+def _has_constant_name(cls: type) -> bool:
+    return any(field.name == "name" and not field.init for field in dataclasses.fields(cls))
+
+
+def _variant(
+    options: tuple[type, ...], config: Mapping[str, Any], where: str
+) -> tuple[type, Mapping[str, Any]]:
+    """The class that a group describes, and the group without what chose it."""
+    left = [cls for cls in options if _has_constant_name(cls)]
+    if not left:
+        return options[0], config
+    variants = {}
+    while left:
+        cls = left.pop()
+        left += cls.__subclasses__()
+        # A class that inherits its name, or has an empty one, is there for others to build on.
+        if vars(cls).get("name"):
+            variants[cls.name] = cls
+    rest = {key: config[key] for key in config if key != "name"}
+    if "name" in config:
+        if config["name"] not in variants:
+            raise ConfigError(
+                f"{where}.name={config['name']!r} does not exist; "
+                f"{nearest(config['name'], variants)}"
+            )
+        return variants[config["name"]], rest
+    if len(options) > 1 or options[0] not in variants.values():
+        raise ConfigError(f"{where}.name is missing. Valid: {', '.join(sorted(variants))}.")
+    return options[0], rest
 
 
 def split_name(config: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:

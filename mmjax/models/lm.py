@@ -96,6 +96,7 @@ class LMConfig:
     remat: str = "none"
     unroll: int = 1
     dtype: str = "float32"
+    name: str = dataclasses.field(default="lm", init=False)
 
     def __post_init__(self):
         check_dtype(self.dtype)

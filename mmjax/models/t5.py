@@ -101,6 +101,7 @@ class T5Config(T5EncoderConfig):
     tied: bool
     scale_logits: bool
     decoder_start_id: int = 0
+    name: str = dataclasses.field(default="t5", init=False)
 
     @property
     def limit(self) -> None:

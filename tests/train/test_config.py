@@ -97,6 +97,70 @@ class Outer:
     name: str = "x"
 
 
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    size: int
+    name: str = dataclasses.field(default="", init=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Circle(Shape):
+    name: str = dataclasses.field(default="circle", init=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring(Circle):
+    hole: int
+    name: str = dataclasses.field(default="ring", init=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    length: int
+    name: str = dataclasses.field(default="line", init=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    shape: Shape
+    frame: Line
+    other: Ring | Line | None = None
+
+
+@pytest.mark.parametrize(
+    "drawing",
+    [
+        Drawing(Circle(1), Line(2)),
+        Drawing(Ring(3, 1), Line(2), Ring(4, 2)),
+        Drawing(Ring(3, 1), Line(2), Line(5)),
+    ],
+)
+def test_a_name_picks_a_dataclass(drawing):
+    fields = ConfigDict(dataclasses.asdict(drawing))
+    assert configs.dataclass_from(Drawing, fields, "config") == drawing
+    del fields.frame["name"]  # there is no choice
+    assert configs.dataclass_from(Drawing, fields, "config") == drawing
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(shape=dict(size=1)), "config.shape.name is missing. Valid: circle, ring."),
+        (dict(shape=dict(name="circel", size=1)), "did you mean 'circle'"),
+        (dict(shape=dict(name="line", length=1)), "config.shape.name='line' does not exist"),
+        (dict(shape=dict(name="ring", size=1)), "config.shape.hole is missing"),
+        (dict(shape=dict(name="circle", siez=1)), "config.shape.siez is unknown; did you mean"),
+        (dict(other=dict(length=1)), "config.other.name is missing. Valid: line, ring."),
+        (dict(frame=dict(name="ring", size=1, hole=1)), "config.frame.name='ring' does not exist"),
+    ],
+)
+def test_names_that_pick_nothing(fields, message):
+    whole = dict(shape=dict(name="circle", size=1), frame=dict(length=2))
+    with pytest.raises(configs.ConfigError) as error:
+        configs.dataclass_from(Drawing, {**whole, **fields}, "config")
+    assert message in str(error.value)
+
+
 def test_dataclasses_are_nested_and_strict():
     made = configs.dataclass_from(
         Outer, ConfigDict(dict(inner=dict(width=3), other=dict(width=4))), "config.model"
