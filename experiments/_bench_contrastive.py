@@ -312,7 +312,7 @@ def main(argv: list[str]) -> int:
 
 def _peak_flops(device: str, kind: str, dtype: str) -> float:
     """FLOP/s that could be had at best."""
-    from mmjax.train.flops import PEAK_TFLOPS
+    from mmjax.flops import PEAK_TFLOPS
 
     if device != "cpu":
         return PEAK_TFLOPS[kind] * 1e12

@@ -13,6 +13,7 @@ from mmjax.models.sizes import text_size, vit_size
 from mmjax.models.t5 import T5, T5Config, T5Encoder, T5EncoderConfig
 from mmjax.models.text import TextConfig, TextOutput, TextTransformer
 from mmjax.models.vit import ViT, ViTConfig, ViTOutput
+from mmjax.models.vlm import VLM, Seq2SeqVLM, Seq2SeqVLMConfig, VLMConfig, VLMOutput
 from mmjax.registry import Registry
 
 # name -> (the dataclass of its config, the module built from one)
@@ -29,12 +30,15 @@ MODELS.register("alt_text")((AltTextConfig, AltText))
 MODELS.register("altclip")((AltCLIPConfig, AltCLIP))
 MODELS.register("t5")((T5Config, T5))
 MODELS.register("t5_encoder")((T5EncoderConfig, T5Encoder))
+MODELS.register("vlm")((VLMConfig, VLM))
+MODELS.register("seq2seq_vlm")((Seq2SeqVLMConfig, Seq2SeqVLM))
 
 __all__ = [
     "CLIP",
     "LM",
     "MODELS",
     "T5",
+    "VLM",
     "AltCLIP",
     "AltCLIPConfig",
     "AltText",
@@ -49,6 +53,8 @@ __all__ = [
     "NaFlexSigLIPConfig",
     "NaFlexViT",
     "ProjectionConfig",
+    "Seq2SeqVLM",
+    "Seq2SeqVLMConfig",
     "SigLIP",
     "SigLIPConfig",
     "T5Config",
@@ -57,6 +63,8 @@ __all__ = [
     "TextConfig",
     "TextOutput",
     "TextTransformer",
+    "VLMConfig",
+    "VLMOutput",
     "ViT",
     "ViTConfig",
     "ViTOutput",

@@ -283,18 +283,24 @@ class T5Encoder(nnx.Module):
 
     def encode(
         self,
-        tokens: Int[Array, "b t"],
+        tokens: Int[Array, "b t"] | None,
         mask: Bool[Array, "b t"] | None = None,
         *,
+        embeddings: Float[Array, "b t d"] | None = None,
         features: Sequence[int] = (),
     ) -> tuple[Float[Array, "b t d"], Float[Array, "f b t d"] | None]:
-        """See `T5Encoder.__call__`."""
-        attention_mask = None if mask is None else masks.padding(mask)
-        return self.encoder(self._embed(tokens), features, attention_mask)
+        """See `T5Encoder.__call__`.
 
-    def _embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-        x = self.token(tokens).astype(self.config.dtype)
-        return constrain(x, "batch", "tokens", "embed")
+        Args:
+          embeddings: instead of tokens, vectors like those of `embed`.
+        """
+        attention_mask = None if mask is None else masks.padding(mask)
+        x = self.embed(tokens) if embeddings is None else embeddings
+        return self.encoder(constrain(x, "batch", "tokens", "embed"), features, attention_mask)
+
+    def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        """Vectors of the tokens, in the dtype of the computation."""
+        return self.token(tokens).astype(self.config.dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -368,7 +374,7 @@ class T5(T5Encoder):
         if decoder_mask is not None:
             own = masks.blocks(every, group=decoder_mask)
         context_mask = None if mask is None else masks.cross(every, mask)
-        x = self._embed(decoder_tokens)
+        x = constrain(self.embed(decoder_tokens), "batch", "tokens", "embed")
         return self.decoder(x, features, own, context=encoded, context_mask=context_mask)
 
     def logits(self, x: Float[Array, "b u d"]) -> Float[Array, "b u v"]:
@@ -380,23 +386,25 @@ class T5(T5Encoder):
 
     def prefill(
         self,
-        tokens: Int[Array, "b t"],
+        tokens: Int[Array, "b t"] | None,
         mask: Bool[Array, "b t"],
         *,
         length: int,
+        embeddings: Float[Array, "b t d"] | None = None,
     ) -> tuple[Float[Array, "b v"], T5Cache]:
         """Runs the encoder, and the decoder on its start token.
 
         Args:
           mask: True at tokens, False at padding, on either side.
           length: slots of the cache: for the start token and all new ones.
+          embeddings: instead of tokens, vectors like those of `embed`.
 
         Returns:
           Logits of the first token, float32, and the cache for `step`.
         """
         config = self.config
-        encoded, _ = self.encode(tokens, mask)
-        batch = tokens.shape[0]
+        encoded, _ = self.encode(tokens, mask, embeddings=embeddings)
+        batch = mask.shape[0]
         room = jnp.zeros((batch, config.heads, length, config.head_dim), encoded.dtype)
         layers = range(config.decoder_depth)
         cache = T5Cache(
@@ -414,7 +422,7 @@ class T5(T5Encoder):
         mask = Mask(masks.Labels(order=cache.slot[None, None]), masks.Labels(order=place))
         context_mask = masks.cross(jnp.ones((tokens.shape[0], 1), bool), cache.mask)
         bias = self.decoder.relative(1, slots, cache.slot)
-        x = self._embed(tokens[:, None])
+        x = constrain(self.embed(tokens[:, None]), "batch", "tokens", "embed")
         own = []
         for layer, (kv, context) in enumerate(zip(cache.own, cache.context, strict=True)):
             x, kv = self.decoder.blocks.block(layer).step(

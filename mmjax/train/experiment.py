@@ -19,13 +19,13 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 import mmjax
-from mmjax import convert, rules, sharding
+from mmjax import convert, flops, rules, sharding
 from mmjax.config import ConfigError, dataclass_from, split_name
 from mmjax.nn import backend
 from mmjax.nn.partition import activation_sharding
 from mmjax.params import Params, abstract
 from mmjax.registry import nearest
-from mmjax.train import checkpoints, flops, state
+from mmjax.train import checkpoints, state
 from mmjax.train.optimizers import OptimizerConfig, make_optimizer, make_schedule
 from mmjax.train.schedules import Schedule
 from mmjax.train.step import make_step
@@ -215,7 +215,7 @@ class Experiment:
             return jitted.lower(target, batch)
 
     def step_flops(self, batch: Any) -> float:
-        """Matmul FLOPs of one step on all devices together (see mmjax.train.flops)."""
+        """Matmul FLOPs of one step on all devices together (see mmjax.flops)."""
         config = self.config.copy_and_resolve_references()
         # Neither kind of recomputation earns credit.
         config.train.accumulate = 1

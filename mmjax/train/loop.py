@@ -25,11 +25,11 @@ from mmjax import sharding
 from mmjax.config import ConfigError, to_json
 from mmjax.evaluate import EvalContext, Evaluator, make_evaluator
 from mmjax.evaluate.sheets import learning_curves
+from mmjax.flops import PEAK_TFLOPS
 from mmjax.registry import nearest
 from mmjax.train import workdir as workdirs
 from mmjax.train.checkpoints import Checkpoints
 from mmjax.train.experiment import Experiment, load_initial, prepare
-from mmjax.train.flops import PEAK_TFLOPS
 from mmjax.train.logging import MetricsWriter, progress, read_metrics
 from mmjax.train.processes import together
 from mmjax.train.state import fingerprint

@@ -9,10 +9,10 @@ import toy
 from jax.sharding import Mesh
 
 from mmjax import sharding
+from mmjax.flops import matmul_flops
 from mmjax.nn.partition import activation_sharding
 from mmjax.params import merge
 from mmjax.train.experiment import prepare
-from mmjax.train.flops import matmul_flops
 from mmjax.train.tasks import Contrastive
 
 SGD = optax.sgd(1.0)

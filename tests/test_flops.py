@@ -6,10 +6,10 @@ import pytest
 import tiny
 
 from mmjax import sharding
+from mmjax.flops import matmul_flops
 from mmjax.nn import masks
 from mmjax.nn.attention import attend
 from mmjax.train.experiment import prepare
-from mmjax.train.flops import matmul_flops
 
 
 def test_products_loops_and_convolutions():

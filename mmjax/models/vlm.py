@@ -1,0 +1,391 @@
+"""Vision-language models: an image encoder, a connector and a language model, any of each.
+
+Visual tokens take their places in the stream of text ("prefix" fusing), as in LLaVA, PaliGemma,
+BLIP-2 and Idefics3. Where they go is said by a token id, or by an array of places: which visual
+token stands where. Places are plain indices, so that tiles of an image of any shape, several images
+anywhere in a text, and several samples packed into one row need nothing else of the model.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mmjax.connectors import ConnectorConfig, make_connector
+from mmjax.models.checks import check_choice
+from mmjax.models.lm import LM, Cache, LMConfig
+from mmjax.models.t5 import T5, T5Cache, T5Config
+from mmjax.models.vit import ViT, ViTConfig
+from mmjax.nn import masks
+from mmjax.nn.partition import constrain
+from mmjax.typing import Array, Bool, Float, Int
+
+ATTENTIONS = ("causal", "prefix", "image_blocks")
+
+# What `place` says of a position that is no visual token's.
+TEXT, NEWLINE = -1, -2
+
+
+@dataclasses.dataclass(frozen=True)
+class VLMConfig:
+    """Everything that decides what a vision-language model computes.
+
+    Attributes:
+      encoder: of the images. Its pooling and head are not used: "cls" (the class token exists) or
+        "none" are what to give.
+      connector: one of `mmjax.connectors`, chosen by its `name`.
+      lm: the language model, of `LMConfig`.
+      image_token: the id that holds the places of visual tokens in a text.
+      features: blocks of the encoder whose outputs are read, from 0, or from -1 backwards; those of
+        several are concatenated. -2, the penultimate, in LLaVA.
+      features_norm: whether the encoder's final norm is applied to them (PaliGemma, BLIP-2,
+        Idefics3) or not (LLaVA).
+      class_token: whether the class token and registers are features too (BLIP-2), or the patches
+        only.
+      attention: "causal"; "prefix": the tokens of a prefix see each other (PaliGemma);
+        "image_blocks": the tokens of an image see each other (Gemma 3).
+      newline: whether there is a learned token that ends each row of an image's visual tokens
+        (LLaVA-NeXT).
+    """
+
+    encoder: ViTConfig
+    connector: ConnectorConfig
+    lm: LMConfig
+    image_token: int
+    features: tuple[int, ...] = (-2,)
+    features_norm: bool = False
+    class_token: bool = False
+    attention: str = "causal"
+    newline: bool = False
+    name: str = dataclasses.field(default="vlm", init=False)
+
+    def __post_init__(self):
+        check_choice("attention", self.attention, ATTENTIONS)
+        if not self.features:
+            raise ValueError("features=() names no block of the encoder to read: give (-2,).")
+        for block in self.features:
+            if not -self.encoder.depth <= block < self.encoder.depth:
+                raise ValueError(
+                    f"features={self.features}: there is no block {block} in an encoder of "
+                    f"depth={self.encoder.depth}."
+                )
+        _ = self.image_tokens  # raises where the connector does not fit
+
+    @property
+    def limit(self) -> int | None:
+        """The longest stream that the language model can take; None if there is no limit."""
+        return self.lm.limit
+
+    @property
+    def vocab_size(self) -> int:
+        return self.lm.vocab_size
+
+    @property
+    def extra(self) -> int:
+        """Features of an image beside those of its patches."""
+        return self.encoder.prefix if self.class_token else 0
+
+    @property
+    def image_tokens(self) -> int:
+        """Visual tokens of an image, or of a clip where the connector reads several."""
+        return self.connector.tokens(self.encoder.grid, self.extra)
+
+
+@dataclasses.dataclass(frozen=True)
+class Seq2SeqVLMConfig(VLMConfig):
+    """The same with an encoder-decoder: visual tokens and the prompt go to its encoder."""
+
+    lm: T5Config
+    name: str = dataclasses.field(default="seq2seq_vlm", init=False)
+
+
+class VLMOutput(NamedTuple):
+    """What a vision-language model computes.
+
+    Attributes:
+      logits: [B, T, V] float32.
+      hidden: [B, T, E], what the logits are computed from.
+    """
+
+    logits: Array
+    hidden: Array
+
+
+class VLM(nnx.Module):
+    """tokens [B, T], images [B, I, H, W, C] -> logits [B, T, V]. See `run`."""
+
+    encoder_decoder = False
+    takes_images = True
+    language_model: type[nnx.Module] = LM
+
+    def __init__(self, config: VLMConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.encoder = ViT(config.encoder, rngs=rngs)
+        width = config.encoder.width * len(config.features)
+        self.connector = make_connector(config.connector, width, config.lm.width, rngs=rngs)
+        self.newline = None
+        if config.newline:
+            init = nnx.initializers.normal(config.lm.width**-0.5)
+            self.newline = nnx.Param(init(rngs.params(), (config.lm.width,), jnp.float32))
+        self.lm = self.language_model(config.lm, rngs=rngs)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "b t"],
+        images: Float[Array, "b i h w c"] | None = None,
+        mask: Bool[Array, "b t"] | None = None,
+        **options: Any,
+    ) -> Float[Array, "b t v"]:
+        """The logits of the token after each one; see `run`."""
+        return self.run(tokens, images, mask, **options).logits
+
+    def run(
+        self,
+        tokens: Int[Array, "b t"],
+        images: Float[Array, "b i h w c"] | None = None,
+        mask: Bool[Array, "b t"] | None = None,
+        *,
+        place: Int[Array, "b t"] | None = None,
+        segments: Int[Array, "b t"] | None = None,
+        prefix: Bool[Array, "b t"] | None = None,
+        text: Int[Array, "c l"] | None = None,
+        text_mask: Bool[Array, "c l"] | None = None,
+    ) -> VLMOutput:
+        """See `VLMOutput`.
+
+        Args:
+          tokens: the stream; what stands where visual tokens go does not count.
+          images: normalised pixels, I images (tiles, frames) of each row.
+          mask: True at tokens, visual ones included, False at padding; None for no padding.
+          place: which visual token of the row stands at each position, counted over its images one
+            after the other; `TEXT` for text, `NEWLINE` for the learned newline. None: they stand,
+            in order, where tokens are `config.image_token`.
+          segments: samples packed in a row, numbered from 1; 0 is padding. Replaces `mask`.
+          prefix: tokens that see each other, where attention is "prefix"; None: all of them.
+          text, text_mask: the questions, for connectors that read them, one for each image or clip.
+
+        Raises:
+          ValueError: if there are neither images nor visual tokens given to fill places, or an
+            option does not fit the model.
+        """
+        embeddings, place = self._embed(tokens, images, mask, place, text, text_mask)
+        if segments is not None:
+            mask = segments > 0
+        out = self.lm.run(
+            embeddings=embeddings,
+            mask=mask,
+            attention=self._attention(tokens.shape[1], mask, segments, prefix, place),
+            positions=None if segments is None else positions_of(segments),
+        )
+        return VLMOutput(out.logits, out.hidden)
+
+    def logits(self, hidden: Float[Array, "*b e"]) -> Float[Array, "*b v"]:
+        """The output head, for `VLMOutput.hidden` or some of its vectors; float32."""
+        return self.lm.logits(hidden)
+
+    def encode_images(
+        self,
+        images: Float[Array, "b i h w c"],
+        *,
+        text: Int[Array, "c l"] | None = None,
+        text_mask: Bool[Array, "c l"] | None = None,
+    ) -> Float[Array, "b m d"]:
+        """The visual tokens of each row, those of its images one after the other."""
+        config = self.config
+        batch, count, *size = images.shape
+        frames = config.connector.frames
+        if count % frames:
+            raise ValueError(
+                f"The connector reads clips of {frames} images, but rows have {count}: give each "
+                f"a multiple of {frames}."
+            )
+        features = self.features(images.reshape(batch * count, *size))
+        features = features.reshape(batch * count // frames, -1, features.shape[-1])
+        grid = self.encoder.patch.grid(*size[:2])
+        given = {}
+        if text is not None:
+            if not self.connector.reads_text:
+                raise ValueError(
+                    f"The connector {config.connector.name!r} reads no text: leave `text` out."
+                )
+            given = {"text": text, "text_mask": text_mask}
+        tokens, _ = self.connector(features, None, grid, **given)
+        return tokens.reshape(batch, -1, tokens.shape[-1])
+
+    def features(self, images: Float[Array, "n h w c"]) -> Float[Array, "n p d"]:
+        """What the connector reads of each image."""
+        config = self.config
+        out = self.encoder(images, features=config.features)
+        layers = self.encoder.final_norm(out.features) if config.features_norm else out.features
+        layers = layers[:, :, config.encoder.prefix - config.extra :]
+        return layers[0] if len(layers) == 1 else jnp.concatenate(list(layers), axis=-1)
+
+    def prefill(
+        self,
+        tokens: Int[Array, "b t"],
+        mask: Bool[Array, "b t"],
+        *,
+        length: int,
+        images: Float[Array, "b i h w c"] | None = None,
+        place: Int[Array, "b t"] | None = None,
+        text: Int[Array, "c l"] | None = None,
+        text_mask: Bool[Array, "c l"] | None = None,
+    ) -> tuple[Float[Array, "b v"], Cache | T5Cache]:
+        """Read the prompts; see `LM.prefill`, and `run` for images and what goes with them."""
+        embeddings, place = self._embed(tokens, images, mask, place, text, text_mask)
+        attention = self._attention(tokens.shape[1], mask, None, None, place)
+        return self.lm.prefill(
+            None, mask, length=length, embeddings=embeddings, attention=attention
+        )
+
+    def step(
+        self, tokens: Int[Array, " b"], cache: Cache | T5Cache
+    ) -> tuple[Float[Array, "b v"], Cache | T5Cache]:
+        """Read one more token of each text; see `LM.step`."""
+        return self.lm.step(tokens, cache)
+
+    def unstack(self) -> VLM:
+        """A model for `step` alone; see `LM.unstack`."""
+        result = copy.copy(self)
+        result.lm = self.lm.unstack()
+        return result
+
+    def _embed(
+        self,
+        tokens: Array,
+        images: Array | None,
+        mask: Array | None,
+        place: Array | None,
+        text: Array | None,
+        text_mask: Array | None,
+    ) -> tuple[Float[Array, "b t d"], Int[Array, "b t"] | None]:
+        """What the language model reads, and which visual token stands where."""
+        if images is None:
+            return self._embed_text(tokens, mask), None
+        visual = self.encode_images(images, text=text, text_mask=text_mask)
+        if place is None:
+            here = tokens == self.config.image_token
+            here = here if mask is None else here & mask
+            place = jnp.where(here, jnp.cumsum(here, axis=1, dtype=jnp.int32) - 1, TEXT)
+        # The placeholder need not be in the vocabulary of the language model.
+        words = self._embed_text(jnp.where(place == TEXT, tokens, 0), mask)
+        # A place beyond the visual tokens is NaN: under `jit` the only way to be noticed.
+        found = jnp.take_along_axis(
+            visual, jnp.maximum(place, 0)[:, :, None], axis=1, mode="fill", fill_value=jnp.nan
+        ).astype(words.dtype)
+        embeddings = jnp.where((place >= 0)[:, :, None], found, words)
+        if self.newline is not None:
+            newline = self.newline[...].astype(words.dtype)
+            embeddings = jnp.where((place == NEWLINE)[:, :, None], newline, embeddings)
+        return constrain(embeddings, "batch", "tokens", "embed"), place
+
+    def _embed_text(self, tokens: Array, mask: Array | None) -> Float[Array, "b t d"]:
+        # Whatever stands at padding, -1 for instance, must not become a vector of NaN.
+        return self.lm.embed(tokens if mask is None else jnp.where(mask, tokens, 0))
+
+    def _attention(
+        self,
+        length: int,
+        mask: Array | None,
+        segments: Array | None,
+        prefix: Array | None,
+        place: Array | None,
+    ) -> masks.Mask | None:
+        """Who sees whom; None: each token itself and what is before it."""
+        kind, window = self.config.attention, self.config.lm.window
+        if prefix is not None and kind != "prefix":
+            raise ValueError(f"A prefix has no meaning where attention is {kind!r}.")
+        group = mask if segments is None else segments
+        if kind == "causal" and segments is None:
+            return None
+        if kind == "image_blocks" and place is None:
+            kind = "causal"
+        if group is None:
+            group = jnp.ones((1, length), bool)
+        if kind == "causal":
+            return masks.blocks(jnp.ones_like(group, bool), group=group, window=window)
+        if kind == "prefix":
+            prefix = jnp.ones_like(group, bool) if prefix is None else prefix
+            return masks.prefix_lm(prefix, group=group, window=window)
+        per_image = self.config.image_tokens
+        image = jnp.where(place >= 0, place // per_image + 1, 0)
+        return masks.image_blocks(image, group=group, window=window)
+
+
+class Seq2SeqVLM(VLM):
+    """tokens, images, decoder_tokens -> logits [B, U, V] of the decoder."""
+
+    encoder_decoder = True
+    language_model = T5
+
+    def __call__(
+        self,
+        tokens: Int[Array, "b t"],
+        images: Float[Array, "b i h w c"] | None = None,
+        mask: Bool[Array, "b t"] | None = None,
+        *,
+        decoder_tokens: Int[Array, "b u"],
+        decoder_mask: Bool[Array, "b u"] | None = None,
+        **options: Any,
+    ) -> Float[Array, "b u v"]:
+        """Logits of the token after each of the decoder's; see `run`."""
+        out = self.run(
+            tokens,
+            images,
+            mask,
+            decoder_tokens=decoder_tokens,
+            decoder_mask=decoder_mask,
+            **options,
+        )
+        return out.logits
+
+    def run(
+        self,
+        tokens: Int[Array, "b t"],
+        images: Float[Array, "b i h w c"] | None = None,
+        mask: Bool[Array, "b t"] | None = None,
+        *,
+        decoder_tokens: Int[Array, "b u"],
+        decoder_mask: Bool[Array, "b u"] | None = None,
+        place: Int[Array, "b t"] | None = None,
+        text: Int[Array, "c l"] | None = None,
+        text_mask: Bool[Array, "c l"] | None = None,
+    ) -> VLMOutput:
+        """`VLMOutput` of the decoder. What is not said here is said of `VLM.run`.
+
+        Args:
+          decoder_tokens: they begin with the language model's `decoder_start_id`.
+          mask, decoder_mask: True at tokens, False at padding.
+        """
+        embeddings, _ = self._embed(tokens, images, mask, place, text, text_mask)
+        encoded, _ = self.lm.encode(None, mask, embeddings=embeddings)
+        hidden, _ = self.lm.decode(encoded, decoder_tokens, mask, decoder_mask)
+        return VLMOutput(self.lm.logits(hidden), hidden)
+
+    def prefill(
+        self,
+        tokens: Int[Array, "b t"],
+        mask: Bool[Array, "b t"],
+        *,
+        length: int,
+        images: Float[Array, "b i h w c"] | None = None,
+        place: Int[Array, "b t"] | None = None,
+        text: Int[Array, "c l"] | None = None,
+        text_mask: Bool[Array, "c l"] | None = None,
+    ) -> tuple[Float[Array, "b v"], T5Cache]:
+        """Runs the encoder, and the decoder on its start token; see `T5.prefill`."""
+        embeddings, _ = self._embed(tokens, images, mask, place, text, text_mask)
+        return self.lm.prefill(None, mask, length=length, embeddings=embeddings)
+
+
+def positions_of(segments: Int[Array, "b t"]) -> Int[Array, "b t"]:
+    """The place of each token in its own sample, of several packed in a row."""
+    index = jnp.arange(segments.shape[1], dtype=jnp.int32)[None]
+    before = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    starts = jnp.where(segments != before, index, 0)
+    return index - jax.lax.cummax(starts, axis=1)
