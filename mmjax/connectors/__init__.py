@@ -12,6 +12,7 @@ from mmjax.connectors.base import (
 )
 from mmjax.connectors.linear import LinearConfig, LinearConnector
 from mmjax.connectors.mlp import MLPConfig, MLPConnector
+from mmjax.connectors.pixel_shuffle import PixelShuffle, PixelShuffleConfig
 
 __all__ = [
     "CONNECTORS",
@@ -24,6 +25,8 @@ __all__ = [
     "LinearConnector",
     "MLPConfig",
     "MLPConnector",
+    "PixelShuffle",
+    "PixelShuffleConfig",
     "cost",
     "make_connector",
 ]

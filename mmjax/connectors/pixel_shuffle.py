@@ -1,0 +1,102 @@
+"""Squares of patches become the channels of one token: the connector of Idefics3 and InternVL.
+
+Laurençon et al., "Building and better understanding vision-language models" (2024): shuffling, then
+a linear map without bias, which is the default here; SmolVLM has the same. Chen et al., "How Far
+Are We to GPT-4V?" (2024): shuffling, a layer norm, then an MLP of two layers (`norm=True`,
+`projection=MLPConfig()`). Both put the features of a square one after the other, row by row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import nnx
+
+from mmjax.connectors.base import (
+    CONNECTORS,
+    Connector,
+    ConnectorConfig,
+    ConnectorError,
+    Grid,
+    all_valid,
+    make_connector,
+    no_extra,
+    whole_grid,
+)
+from mmjax.connectors.linear import LinearConfig
+from mmjax.connectors.mlp import MLPConfig
+from mmjax.nn.norm import NORMS
+from mmjax.typing import Array, Bool, Float
+
+NO_BIAS = LinearConfig(bias=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelShuffleConfig(ConnectorConfig):
+    """
+    Attributes:
+      factor: side of a square, in patches: factor ** 2 of them become a token.
+      projection: of a square's features to the width of the language model.
+      norm: whether a layer norm of a square's features comes before it.
+    """
+
+    factor: int = 2
+    projection: LinearConfig | MLPConfig = NO_BIAS
+    norm: bool = False
+    name: str = dataclasses.field(default="pixel_shuffle", init=False)
+
+    def __post_init__(self):
+        if self.factor < 1:
+            raise ConnectorError(f"factor={self.factor}: a square has a side of 1 patch or more.")
+
+    def tokens(self, grid: Grid, extra: int = 0) -> int:
+        no_extra(extra, self.name)
+        height, width = grid
+        if height % self.factor or width % self.factor:
+            fitting = [f for f in range(1, min(grid) + 1) if height % f == width % f == 0]
+            nearest = min(fitting, key=lambda f: abs(f - self.factor))
+            raise ConnectorError(
+                f"Squares of {self.factor} x {self.factor} patches do not fill a grid of {height} "
+                f"x {width}; factor={nearest} is the nearest that does."
+            )
+        return (height // self.factor) * (width // self.factor)
+
+
+@CONNECTORS.register("pixel_shuffle")
+class PixelShuffle(Connector):
+    """Each square of features becomes a token.
+
+    Features that do not count are zeros; a token counts if any of its features does.
+    """
+
+    def __init__(self, config: PixelShuffleConfig, inputs: int, outputs: int, *, rngs: nnx.Rngs):
+        self.config = config
+        width = inputs * config.factor**2
+        self.norm = NORMS["layernorm"](width, eps=1e-5) if config.norm else None
+        self.projection = make_connector(config.projection, width, outputs, rngs=rngs)
+
+    def __call__(
+        self, features: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None, grid: Grid
+    ) -> tuple[Float[Array, "b m e"], Bool[Array, "b m"]]:
+        config = self.config
+        whole_grid(features.shape[1], grid, config.name)
+        config.tokens(grid)  # raises where squares do not fill the grid
+        if mask is not None:
+            features = jnp.where(mask[..., None], features, 0)
+        squares = _squares(features, grid, config.factor)
+        squares = squares.reshape(*squares.shape[:2], -1)
+        tokens, _ = self.projection(
+            squares if self.norm is None else self.norm(squares), None, grid
+        )
+        if mask is None:
+            return tokens, all_valid(tokens)
+        return tokens, jnp.any(_squares(mask, grid, config.factor), axis=2)
+
+
+def _squares(x: Array, grid: Grid, side: int) -> Array:
+    """[B, h * w, ...] -> [B, squares, side * side, ...], all row by row."""
+    height, width = grid
+    batch, _, *rest = x.shape
+    x = x.reshape(batch, height // side, side, width // side, side, *rest)
+    return x.swapaxes(2, 3).reshape(batch, -1, side * side, *rest)
