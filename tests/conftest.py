@@ -10,7 +10,14 @@ from jaxtyping import install_import_hook
 
 # Continuous shape checks: annotations of these packages are verified at each call.
 _hook = install_import_hook(
-    ["mmjax.nn", "mmjax.models", "mmjax.losses", "mmjax.train", "mmjax.generation"],
+    [
+        "mmjax.nn",
+        "mmjax.connectors",
+        "mmjax.models",
+        "mmjax.losses",
+        "mmjax.train",
+        "mmjax.generation",
+    ],
     "beartype.beartype",
 )
 

@@ -7,8 +7,10 @@ from mmjax.losses.contrastive import (
     sigmoid_contrastive,
     softmax_contrastive,
 )
+from mmjax.losses.language_modelling import next_token_loss
 
 __all__ = [
+    "next_token_loss",
     "ring_sigmoid_contrastive",
     "ring_softmax_contrastive",
     "sigmoid_contrastive",

@@ -10,7 +10,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -179,7 +179,6 @@ class _Run:
         evaluated: dict[str, float] = {}
         clock = _Clock(self.experiment)
         bar = progress(training.steps, start)
-        step_function = None
         pending = None
         for step in range(start + 1, training.steps + 1):
             with clock.waiting():
@@ -188,10 +187,7 @@ class _Run:
                 log.warning("Skipped %s: %s", skipped.record, skipped.error)
             clock.skipped += len(batch.skipped)
             arrays = sharding.global_batch(batch.arrays, self.experiment.mesh)
-            if step_function is None:
-                self._check_fields(arrays)
-                # Compiled ahead of time: a second compilation is not slow but impossible.
-                step_function = clock.compiled(self.experiment, arrays)
+            step_function = clock.compiled(self.experiment, arrays)
             with jax.transfer_guard("disallow"):
                 state, metrics = step_function(state, arrays)
             # One step late, so that the device works while the host waits.
@@ -259,14 +255,6 @@ class _Run:
             )
         return row
 
-    def _check_fields(self, arrays: dict[str, jax.Array]) -> None:
-        missing = [name for name in self.experiment.task.fields if name not in arrays]
-        if missing:
-            raise ConfigError(
-                f"The task {self.experiment.config.task.name!r} needs the arrays {missing}, but "
-                f"batches have {sorted(arrays)}. Add {missing} to config.data.train."
-            )
-
     def _check_finite(self, step: int, metrics: dict[str, jax.Array], ids: list[str]) -> None:
         """A loss may be finite and its gradient not: then the parameters are already spoilt."""
         values = {name: float(metrics[name]) for name in ("loss", "grad_norm")}
@@ -294,20 +282,30 @@ class _Clock:
     def __init__(self, experiment: Experiment):
         self.batch_size = experiment.train.batch_size
         self.compile_seconds = 0.0
-        self.flops = 0.0
+        self.programs: dict[Any, tuple[Any, float]] = {}
         self.skipped = 0
         self._reset()
 
     def _reset(self) -> None:
-        self.began, self.idle, self.wait, self.steps = time.perf_counter(), 0.0, 0.0, 0
+        self.began, self.idle, self.wait = time.perf_counter(), 0.0, 0.0
+        self.steps, self.flops = 0, 0.0
 
-    def compiled(self, experiment: Experiment, arrays: Any):
-        began = time.perf_counter()
-        self.flops = experiment.step_flops(arrays)
-        compiled = experiment.lower_step(arrays).compile()
-        self.compile_seconds = time.perf_counter() - began
-        self.began += self.compile_seconds
-        return compiled
+    def compiled(self, experiment: Experiment, arrays: dict[str, jax.Array]) -> Callable:
+        """The step for batches of this shape: one, unless the data groups texts by length.
+
+        Compiled ahead of time: a second compilation for a shape is not slow but impossible.
+        """
+        shapes = tuple((name, array.shape) for name, array in sorted(arrays.items()))
+        if shapes not in self.programs:
+            _check_fields(experiment, arrays)
+            began = time.perf_counter()
+            flops = experiment.step_flops(arrays)
+            self.programs[shapes] = (experiment.lower_step(arrays).compile(), flops)
+            self.compile_seconds += time.perf_counter() - began
+            self.began += time.perf_counter() - began
+        program, flops = self.programs[shapes]
+        self.flops += flops
+        return program
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -327,7 +325,7 @@ class _Clock:
         seconds = time.perf_counter() - self.began - self.idle
         devices = jax.device_count()
         rate = self.steps / seconds
-        tflops = rate * self.flops / devices / 1e12
+        tflops = self.flops / seconds / devices / 1e12
         row = {
             "perf/steps_per_second": rate,
             "perf/examples_per_second_per_device": rate * self.batch_size / devices,
@@ -344,6 +342,15 @@ class _Clock:
             row["perf/peak_memory_gib"] = memory["peak_bytes_in_use"] / 2**30
         self._reset()
         return row
+
+
+def _check_fields(experiment: Experiment, arrays: dict[str, jax.Array]) -> None:
+    missing = [name for name in experiment.task.fields if name not in arrays]
+    if missing:
+        raise ConfigError(
+            f"The task {experiment.config.task.name!r} needs the arrays {missing}, but batches "
+            f"have {sorted(arrays)}. Add {missing} to config.data.train."
+        )
 
 
 class _StopOnSignal:

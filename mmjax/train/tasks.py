@@ -143,3 +143,44 @@ class Classification(Task):
         if mixes:
             numerator = weight * numerator + (1 - weight) * cross_entropy(labels[::-1])[0]
         return (numerator, denominator), {"accuracy": (correct, denominator)}
+
+
+@TASKS.register("vlm")
+class VisionLanguage(Task):
+    """The next token of a vision-language model, where it is supervised.
+
+    Numerators and denominators are sums of token weights, so that parts of a batch, and samples
+    packed in a row, count by their tokens.
+
+    Args:
+      mesh: unused; every task is given it.
+      targets: the most supervised tokens that a row may have (`max_targets` of the data), so that
+        logits are computed at no other places; None: at all.
+    """
+
+    fields = ("tokens", "weights", "place", "segments", "images")
+
+    def __init__(self, mesh: Mesh, *, targets: int | None = None):
+        del mesh
+        if targets is not None and targets < 1:
+            raise ValueError(f"config.task.targets={targets} must be at least 1, or None.")
+        self.targets = targets
+
+    def loss(self, model, batch, rng):
+        del rng
+        prefix = {name: batch[name] for name in ("prefix",) if name in batch}
+        hidden = model.run(
+            batch["tokens"],
+            batch["images"],
+            place=batch["place"],
+            segments=batch["segments"],
+            **prefix,
+        ).hidden
+        total, weight, correct = losses.next_token_loss(
+            hidden, model.logits, batch["tokens"], batch["weights"], targets=self.targets
+        )
+        filled = jnp.sum(batch["segments"] > 0, dtype=jnp.float32)
+        return (total, weight), {
+            "accuracy": (correct, weight),
+            "filled": (filled, float(batch["segments"].size)),
+        }
