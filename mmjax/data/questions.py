@@ -16,7 +16,9 @@ class Question(NamedTuple):
     where the answer begins, unpadded; `place` [T] int32 the visual token that stands at each
     position, counted over the images one after the other, -1 for text. `images` [I, H, W, 3]
     float32, normalised; I may be 0. `picture`: the encoded bytes of the first image as the source
-    has it, for sheets; None where there is none.
+    has it, for sheets; None where there is none. `answer_ids` [U] int32 are the tokens of the first
+    answer that training would supervise, its end included, and `choice_ids` those of each choice:
+    `ids` and they, one after the other, are what training has.
     """
 
     id: str
@@ -28,3 +30,5 @@ class Question(NamedTuple):
     place: np.ndarray
     images: np.ndarray
     picture: bytes | None
+    answer_ids: np.ndarray | None = None
+    choice_ids: tuple[np.ndarray, ...] | None = None
