@@ -6,6 +6,7 @@ there will be, and what stands in the text for it. So token budgets are known up
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -75,12 +76,18 @@ class Whole:
 
 @LAYOUTS.register("tiles")
 class Tiles:
-    """The image, resized to a fixed board of tiles, row by row; each tile is a picture.
+    """The image is cut into tiles of the encoder's size, as many as its own size asks for.
+
+    It is resized to the board of tiles nearest to its size; the tiles are pictures, row by row.
+    (InternVL and Idefics3 cut images likewise, each by rules of its own.)
 
     Args:
       preset, size, tokens: of a tile; see `Whole`.
-      rows, columns: of the board.
-      thumbnail: whether the whole image follows as one more picture, as in InternVL.
+      rows, columns: the largest board.
+      markers: text before the visual tokens of each tile of a board, [rows][columns], as Idefics3
+        has "<row_1_col_2>"; an image of one tile has none.
+      thumbnail: whether the whole image follows the tiles as one more picture, as in InternVL; an
+        image of one tile has none.
     """
 
     def __init__(
@@ -90,28 +97,52 @@ class Tiles:
         tokens: int,
         rows: int,
         columns: int,
+        markers: Sequence[Sequence[str]] | None = None,
         thumbnail: bool = False,
     ):
         if rows < 1 or columns < 1:
             raise ValueError(f"A board of {rows} x {columns} tiles has none: give 1 or more.")
-        self._preset, self._size = PRESETS[preset], size
-        self._rows, self._columns, self._thumbnail = rows, columns, thumbnail
-        count = rows * columns + thumbnail
-        self._plan = Plan(count, (np.arange(count * tokens, dtype=np.int32),))
+        if markers is not None and (
+            len(markers) != rows or any(len(row) != columns for row in markers)
+        ):
+            raise ValueError(
+                f"markers must be {rows} rows of {columns} texts, one for each tile of the board."
+            )
+        self._preset, self._size, self._tokens = PRESETS[preset], size, tokens
+        self._rows, self._columns = rows, columns
+        self._markers, self._thumbnail = markers, thumbnail
+
+    def _board(self, width: int, height: int) -> tuple[int, int]:
+        """Rows and columns of tiles."""
+        rows, columns = round(height / self._size), round(width / self._size)
+        return min(max(rows, 1), self._rows), min(max(columns, 1), self._columns)
 
     def plan(self, width: int, height: int) -> Plan:
-        return self._plan
+        rows, columns = self._board(width, height)
+        several = rows * columns > 1
+        count = rows * columns + (several and self._thumbnail)
+        places = np.arange(count * self._tokens, dtype=np.int32)
+        if self._markers is None or not several:
+            return Plan(count, (places,))
+        pieces: list[str | np.ndarray] = []
+        for index, tile in enumerate(np.split(places, count)):
+            if index < rows * columns:
+                pieces.append(self._markers[index // columns][index % columns])
+            pieces.append(tile)
+        return Plan(count, tuple(pieces))
 
     def pictures(self, image: Image.Image) -> np.ndarray:
         size, preset = self._size, self._preset
-        out = np.empty((self._plan.pictures, size, size, 3), np.float32)
+        rows, columns = self._board(*image.size)
+        count = self.plan(*image.size).pictures
+        out = np.empty((count, size, size, 3), np.float32)
         board = flatten(image)
-        if board.size != (self._columns * size, self._rows * size):
-            board = board.resize((self._columns * size, self._rows * size), preset.resample)
-        for index in range(self._rows * self._columns):
-            left, top = index % self._columns * size, index // self._columns * size
+        if board.size != (columns * size, rows * size):
+            board = board.resize((columns * size, rows * size), preset.resample)
+        for index in range(rows * columns):
+            left, top = index % columns * size, index // columns * size
             tile = board.crop((left, top, left + size, top + size))
             normalize_into(tile, preset, out[index])
-        if self._thumbnail:
+        if count > rows * columns:
             normalize_into(fit(image, preset, size), preset, out[-1])
         return out
