@@ -39,7 +39,15 @@ class Plan(NamedTuple):
 
 
 class Layout(Protocol):
-    """See the module's docstring."""
+    """See the module's docstring.
+
+    Attributes:
+      size: side of a picture in pixels.
+      tokens: visual tokens of a picture: `VLMConfig.image_tokens`.
+    """
+
+    size: int
+    tokens: int
 
     def plan(self, width: int, height: int) -> Plan:
         """For an upright image of this many pixels."""
@@ -62,15 +70,15 @@ class Whole:
     """
 
     def __init__(self, preset: str, size: int, tokens: int):
-        self._preset, self._size = PRESETS[preset], size
+        self._preset, self.size, self.tokens = PRESETS[preset], size, tokens
         self._plan = Plan(1, (np.arange(tokens, dtype=np.int32),))
 
     def plan(self, width: int, height: int) -> Plan:
         return self._plan
 
     def pictures(self, image: Image.Image) -> np.ndarray:
-        out = np.empty((1, self._size, self._size, 3), np.float32)
-        normalize_into(fit(image, self._preset, self._size), self._preset, out[0])
+        out = np.empty((1, self.size, self.size, 3), np.float32)
+        normalize_into(fit(image, self._preset, self.size), self._preset, out[0])
         return out
 
 
@@ -108,20 +116,20 @@ class Tiles:
             raise ValueError(
                 f"markers must be {rows} rows of {columns} texts, one for each tile of the board."
             )
-        self._preset, self._size, self._tokens = PRESETS[preset], size, tokens
+        self._preset, self.size, self.tokens = PRESETS[preset], size, tokens
         self._rows, self._columns = rows, columns
         self._markers, self._thumbnail = markers, thumbnail
 
     def _board(self, width: int, height: int) -> tuple[int, int]:
         """Rows and columns of tiles."""
-        rows, columns = round(height / self._size), round(width / self._size)
+        rows, columns = round(height / self.size), round(width / self.size)
         return min(max(rows, 1), self._rows), min(max(columns, 1), self._columns)
 
     def plan(self, width: int, height: int) -> Plan:
         rows, columns = self._board(width, height)
         several = rows * columns > 1
         count = rows * columns + (several and self._thumbnail)
-        places = np.arange(count * self._tokens, dtype=np.int32)
+        places = np.arange(count * self.tokens, dtype=np.int32)
         if self._markers is None or not several:
             return Plan(count, (places,))
         pieces: list[str | np.ndarray] = []
@@ -132,7 +140,7 @@ class Tiles:
         return Plan(count, tuple(pieces))
 
     def pictures(self, image: Image.Image) -> np.ndarray:
-        size, preset = self._size, self._preset
+        size, preset = self.size, self._preset
         rows, columns = self._board(*image.size)
         count = self.plan(*image.size).pictures
         out = np.empty((count, size, size, 3), np.float32)
