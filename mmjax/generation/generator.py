@@ -16,8 +16,9 @@ from mmjax import sharding
 from mmjax.generation import programs
 from mmjax.generation.beam import EARLY_STOPPING, Search
 from mmjax.generation.programs import Choice
-from mmjax.generation.prompts import Tokens, bucket, left_pad
+from mmjax.generation.prompts import Prompts, Tokens, bucket, check_rows, left_pad, read_rows
 from mmjax.generation.sampling import Sampler
+from mmjax.generation.sight import Images, read_prompts
 from mmjax.generation.stopping import StopStrings
 from mmjax.nn import backend
 from mmjax.typing import Array
@@ -45,7 +46,7 @@ class Generated(NamedTuple):
 def generate(
     model: nnx.Module,
     tokens: Tokens,
-    images: Any = None,
+    images: Images | None = None,
     mask: Array | np.ndarray | None = None,
     *,
     mesh: Mesh | None = None,
@@ -59,8 +60,8 @@ def generate(
     once, however they are called.
 
     Args:
-      model: a language model (see `mmjax.models.lm`); of encoder-decoders, such as T5, the prompt
-        goes to the encoder.
+      model: a language model (see `mmjax.models.lm`) or one that sees as well (`mmjax.models.vlm`);
+        of encoder-decoders, such as T5, the prompt goes to the encoder.
       tokens, images, mask: the prompts; see `Generator.__call__`.
       mesh: devices to generate on, as in training; None: where the parameters are.
       rules: sharding strategies by parameter path; see `mmjax.sharding`.
@@ -75,8 +76,12 @@ class Generator:
     """A model ready to generate; `model`, `mesh` and `rules` as in `generate`.
 
     Prompts are padded to one of few lengths, and so are caches: a program that was compiled serves
-    prompts of all lengths near by, and any number of new tokens that the cache has room for. What
-    one row yields does not depend on the other rows, except for rounding.
+    prompts of all lengths near by, and any number of new tokens that the cache has room for; the
+    same goes for numbers of images. What one row yields does not depend on the other rows, except
+    for rounding.
+
+    Models of the same structure share programs: a `Generator` of new weights, at each evaluation of
+    a run for instance, compiles nothing.
     """
 
     def __init__(
@@ -98,9 +103,12 @@ class Generator:
     def __call__(
         self,
         tokens: Tokens,
-        images: Any = None,
+        images: Images | None = None,
         mask: Array | np.ndarray | None = None,
         *,
+        place: Tokens | None = None,
+        text: Tokens | None = None,
+        text_mask: Array | np.ndarray | None = None,
         max_new_tokens: int,
         temperature: float = 0.0,
         top_k: int | None = None,
@@ -121,9 +129,16 @@ class Generator:
         """Continue each prompt until an end token, a stop string or `max_new_tokens`.
 
         Args:
-          tokens: [B, T], or a list of B lists of ids.
-          images: for models that see; language models take none.
+          tokens: [B, T], or a list of B lists of ids. Where visual tokens stand, ids need not be of
+            the vocabulary.
+          images: for models that see, normalised: [B, I, H, W, C], or for each row an array
+            [I, H, W, C], whose numbers may differ and be 0.
           mask: [B, T], False at padding, on whichever side.
+          place: of the form of `tokens`: which visual token of the row stands there, counted over
+            its images one after the other; -1 for text (see `VLM.run`). None: they stand, in order,
+            where tokens are the model's `image_token`.
+          text, text_mask: for connectors that read it, the question of each row, with which all of
+            its images are looked at; of the form of `tokens`.
           temperature: 0 takes the most probable token ("greedy"); above it, tokens are drawn.
           top_k, top_p, min_p, repetition_penalty: see `Sampler`.
           num_beams: above 1, beam search; see `Search` for length_penalty and early_stopping.
@@ -139,18 +154,18 @@ class Generator:
         Raises:
           ValueError: on options that contradict each other and prompts that do not fit.
         """
-        if images is not None:
-            raise ValueError(f"{type(self.model).__name__} takes no images: leave `images` out.")
         config, encodes = self.model.config, self.model.encoder_decoder
-        padded, valid = left_pad(tokens, mask, config.vocab_size, config.limit)
-        _check_length(valid, max_new_tokens, None if encodes else config.limit)
-        room = bucket(max_new_tokens if encodes else padded.shape[1] + max_new_tokens)
+        prompts = self._read(tokens, images, mask, place, text, text_mask)
+        _check_length(prompts.valid, max_new_tokens, None if encodes else config.limit)
+        length = prompts.tokens.shape[1]
+        room = bucket(max_new_tokens if encodes else length + max_new_tokens)
         eos = _ends(eos_id, config.vocab_size)
         pad = int(eos[0]) if eos.size and pad_id is None else pad_id or 0
         sampler = _sampler(temperature, top_k, top_p, min_p, repetition_penalty)
-        keys = None if sampler.temperature is None else _row_keys(key, len(padded))
+        rows = len(prompts.tokens)
+        keys = None if sampler.temperature is None else _row_keys(key, rows)
         choice = self._place(Choice(sampler, keys, eos, np.int32(pad)))
-        prompts = (self._place(padded, batch=True), self._place(valid, batch=True))
+        prompts = self._place(prompts, batch=rows)
         stops = StopStrings(stop_strings, decode)
         if num_beams != 1:
             if sampler.temperature is not None or stops or stream is not None:
@@ -165,9 +180,30 @@ class Generator:
         every = stream_every if stream is not None else STEPS_TO_STOP if stops else STEPS
         return self._decode(prompts, choice, room, max_new_tokens, stops, stream, every)
 
+    def _read(
+        self,
+        tokens: Tokens,
+        images: Images | None,
+        mask: Array | np.ndarray | None,
+        place: Tokens | None,
+        text: Tokens | None,
+        text_mask: Array | np.ndarray | None,
+    ) -> Prompts:
+        config = self.model.config
+        if self.model.takes_images:
+            return read_prompts(config, tokens, images, mask, place, text, text_mask)
+        given = {"images": images, "place": place, "text": text, "text_mask": text_mask}
+        for name, value in given.items():
+            if value is not None:
+                kind = type(self.model).__name__
+                raise ValueError(f"{kind} takes no {name}: leave `{name}` out.")
+        rows = read_rows(tokens, mask, "tokens")
+        check_rows(rows, config.vocab_size, config.limit)
+        return left_pad(rows, config.limit)
+
     def _decode(
         self,
-        prompts: tuple[Any, Any],
+        prompts: Prompts,
         choice: Choice,
         room: int,
         new_tokens: int,
@@ -175,7 +211,7 @@ class Generator:
         stream: Callable[[list[list[int]]], None] | None,
         every: int,
     ) -> Generated:
-        state = programs.start(*self._reading, *prompts, choice, room=room)
+        state = programs.start(*self._reading, prompts, choice, room=room)
         told = 0
         while True:
             tokens, lengths, done = jax.device_get((state.tokens, state.lengths, state.done))
@@ -195,21 +231,19 @@ class Generator:
             limit = self._place(np.int32(min(told + every, new_tokens)))
             state = programs.decode(*self._stepping, state, choice, limit)
 
-    def _search(
-        self, prompts: tuple[Any, Any], choice: Choice, search: Search, room: int
-    ) -> Generated:
-        beams = programs.start_search(*self._reading, *prompts, choice, search, room=room)
+    def _search(self, prompts: Prompts, choice: Choice, search: Search, room: int) -> Generated:
+        beams = programs.start_search(*self._reading, prompts, choice, search, room=room)
         beams = programs.continue_search(*self._stepping, beams, choice, search)
         tokens, lengths, scores = jax.device_get((beams.finished, beams.lengths, beams.scores))
         longest = lengths[:, 0].max()
         return Generated(tokens[:, 0, :longest], lengths[:, 0], scores[:, 0])
 
-    def _place(self, tree: Any, *, batch: bool = False) -> Any:
-        """Host values on every device, or, for a batch, divided over the devices."""
+    def _place(self, tree: Any, *, batch: int | None = None) -> Any:
+        """Host values on every device, or, for a batch of so many rows, divided over them."""
         if self.mesh is None:
             return tree
         where = sharding.replicated(self.mesh)
-        if batch and len(tree) % sharding.batch_shards(self.mesh) == 0:
+        if batch is not None and batch % sharding.batch_shards(self.mesh) == 0:
             where = sharding.batch_sharding(self.mesh)
         return jax.tree.map(lambda leaf: _put(leaf, where), tree)
 

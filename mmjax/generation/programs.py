@@ -16,6 +16,7 @@ from mmjax import params, sharding
 from mmjax import rules as tables
 from mmjax.generation import beam
 from mmjax.generation.beam import Beams, Search
+from mmjax.generation.prompts import Prompts
 from mmjax.generation.sampling import Sampler, mark
 from mmjax.nn.partition import activation_sharding
 from mmjax.typing import Array, Bool, Float, Int
@@ -116,19 +117,18 @@ class State(NamedTuple):
 def start(
     structure: Structure,
     leaves: list[Array],
-    tokens: Int[Array, "b t"],
-    valid: Bool[Array, "b t"],
+    prompts: Prompts,
     choice: Choice,
     *,
     room: int,
 ) -> State:
     """The state after the first token; `room` is the length of the cache and of the buffer."""
-    rows = tokens.shape[0]
+    rows = prompts.tokens.shape[0]
     with structure.model(leaves) as model:
-        logits, cache = model.prefill(tokens, valid, length=room)
+        logits, cache = _prefill(model, prompts, room)
     state = State(
         cache=cache,
-        seen=_seen(model, choice.sampler, tokens, valid, logits.shape[1]),
+        seen=_seen(model, choice.sampler, prompts, logits.shape[1]),
         step=jnp.zeros((), jnp.int32),
         token=jnp.zeros((rows,), jnp.int32),
         tokens=jnp.full((rows, room), choice.pad, jnp.int32),
@@ -185,8 +185,7 @@ def _choose(
 def start_search(
     structure: Structure,
     leaves: list[Array],
-    tokens: Int[Array, "b t"],
-    valid: Bool[Array, "b t"],
+    prompts: Prompts,
     choice: Choice,
     search: Search,
     *,
@@ -194,9 +193,9 @@ def start_search(
 ) -> Beams:
     """The beams after their first token; `room` as in `start`."""
     with structure.model(leaves) as model:
-        logits, cache = model.prefill(tokens, valid, length=room)
-    seen = _seen(model, choice.sampler, tokens, valid, logits.shape[1])
-    beams = beam.begin(cache, seen, tokens.shape[0], search, room=room, pad=choice.pad)
+        logits, cache = _prefill(model, prompts, room)
+    seen = _seen(model, choice.sampler, prompts, logits.shape[1])
+    beams = beam.begin(cache, seen, len(logits), search, room=room, pad=choice.pad)
     logits = jnp.repeat(logits, search.beams, axis=0)
     return _advance(structure, beams, logits, choice, search)
 
@@ -222,19 +221,22 @@ def _advance(
     return structure.share(beam.advance(beams, logits, choice.sampler, search, choice.eos))
 
 
+def _prefill(model: nnx.Module, prompts: Prompts, room: int) -> tuple[Float[Array, "b v"], Any]:
+    return model.prefill(prompts.tokens, prompts.valid, length=room, **prompts.sight)
+
+
 def _seen(
-    model: nnx.Module,
-    sampler: Sampler,
-    tokens: Int[Array, "b t"],
-    valid: Bool[Array, "b t"],
-    vocabulary: int,
+    model: nnx.Module, sampler: Sampler, prompts: Prompts, vocabulary: int
 ) -> Bool[Array, "b v"] | None:
     """The tokens there are before generation begins, for the repetition penalty."""
     if sampler.repetition_penalty is None:
         return None
+    tokens = prompts.tokens
     rows = jnp.arange(tokens.shape[0])
     seen = jnp.zeros((tokens.shape[0], vocabulary), bool)
     if model.encoder_decoder:
         return mark(seen, jnp.full(rows.shape, model.config.decoder_start_id))
-    # Padding writes what is there already.
-    return seen.at[rows[:, None], tokens].max(valid)
+    # Padding, and what holds a visual token's place without being a token of the vocabulary, writes
+    # what is there already.
+    words = prompts.valid & (tokens >= 0) & (tokens < vocabulary)
+    return seen.at[rows[:, None], tokens].max(words, mode="drop")

@@ -221,6 +221,7 @@ class LM(nnx.Module):
     """tokens [B, T] -> logits [B, T, V]. See `run`, and `prefill` and `step` for decoding."""
 
     encoder_decoder = False
+    takes_images = False
 
     def __init__(self, config: LMConfig, *, rngs: nnx.Rngs):
         self.config = config

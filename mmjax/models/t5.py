@@ -331,6 +331,7 @@ class T5(T5Encoder):
 
     # For those who generate: the prompt is no part of the text that is continued.
     encoder_decoder = True
+    takes_images = False
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)

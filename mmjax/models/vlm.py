@@ -103,6 +103,10 @@ class Seq2SeqVLMConfig(VLMConfig):
     lm: T5Config
     name: str = dataclasses.field(default="seq2seq_vlm", init=False)
 
+    @property
+    def decoder_start_id(self) -> int:
+        return self.lm.decoder_start_id
+
 
 class VLMOutput(NamedTuple):
     """What a vision-language model computes.
