@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,9 @@ from mmjax.convert.files import Item, write_directory
 from mmjax.convert.load import CONFIG, with_fields
 from mmjax.convert.table import ConversionError, Entry, lay_out
 from mmjax.params import split
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 # Fields of our configs that say how a model is run or trained, not what it computes.
 _RUNTIME = {
@@ -136,21 +139,32 @@ def describe(
         family = known[name]
         try:
             entries = lay_out(family.rows(model.config), shapes)
-            hf = family.to_hf(model.config)
             tensor_names = frozenset(entry.name for entry in entries)
-            again = family.from_hf(Source(hf, tensor_names, None))
-            difference = _difference(again, model.config)
+            hf = say(family, model.config, tensor_names)
         except (ValueError, AttributeError) as error:
             reasons.append(f"  {name}: {error}")
-            continue
-        if difference:
-            reasons.append(f"  {name} cannot say {', '.join(difference)}")
             continue
         return name, entries, _content(family, hf, model.config, origin, tensor_names)
     raise ConversionError(
         f"This {type(model).__name__} cannot be saved in a format of transformers:\n"
         + "\n".join(reasons)
     )
+
+
+def say(family: Family, config: Any, names: frozenset[str]) -> PretrainedConfig:
+    """What transformers calls a config of ours.
+
+    Args:
+      names: of the tensors, as the family has them.
+
+    Raises:
+      ValueError: if the family computes something else.
+    """
+    hf = family.to_hf(config)
+    difference = _difference(family.from_hf(Source(hf, names, None)), config)
+    if difference:
+        raise ValueError(f"it cannot say {', '.join(difference)}")
+    return hf
 
 
 def _difference(theirs: Any, ours: Any) -> list[str]:
