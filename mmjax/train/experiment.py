@@ -26,6 +26,7 @@ from mmjax.nn.partition import activation_sharding
 from mmjax.params import Params, abstract
 from mmjax.registry import nearest
 from mmjax.train import checkpoints, state
+from mmjax.train.handover import check_handover, is_run
 from mmjax.train.optimizers import OptimizerConfig, make_optimizer, make_schedule
 from mmjax.train.schedules import Schedule
 from mmjax.train.step import make_step
@@ -321,6 +322,7 @@ def load_initial(experiment: Experiment) -> Params:
     Raises:
       CheckpointError: if a run has no checkpoint, or lacks a parameter.
       ConversionError: if a checkpoint cannot be read, or lacks a parameter.
+      ConfigError: if what is taken was made for another computation; see `mmjax.train.handover`.
       RuleError: if a row matches nothing.
     """
     wanted: dict[str, dict[str, str]] = {}
@@ -339,20 +341,16 @@ def load_initial(experiment: Experiment) -> Params:
     loaded: Params = {}
     targets = experiment.target_params()
     for source, names in wanted.items():
+        check_handover(experiment.config.model.to_dict(), Path(source), names)
         arrays = _read_params(Path(source), {there: targets[here] for here, there in names.items()})
         loaded |= {here: arrays[there] for here, there in names.items()}
     return loaded
 
 
 def _read_params(source: Path, targets: Params) -> Params:
-    if source.is_file() or ((source / convert.CONFIG).exists() and not _is_run(source)):
+    if source.is_file() or ((source / convert.CONFIG).exists() and not is_run(source)):
         return convert.load_params(source, targets)
     return checkpoints.restore_params(source / "checkpoints", targets)[1]
-
-
-def _is_run(directory: Path) -> bool:
-    """A run has a config.json as well, which is not that of a model."""
-    return (directory / "checkpoints").is_dir()
 
 
 def _with_value(config: ConfigDict, key: str, value: Any) -> ConfigDict:

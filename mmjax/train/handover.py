@@ -1,0 +1,126 @@
+"""Whether parameters taken from elsewhere mean there what they mean here.
+
+Shapes alone do not say it: a tower with another activation or another number of heads has the same
+shapes, and computes something else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmjax import convert
+from mmjax.config import ConfigError, dataclass_from, split_name
+from mmjax.models import MODELS
+
+# Fields that say how a part is run, how large its inputs are, or what is read from it: a tower may
+# be taken from a model that does so otherwise.
+_FREE = {
+    "dtype",
+    "remat",
+    "unroll",
+    "drop_path",
+    "patch_dropout",
+    "image_size",
+    "max_len",
+    "pooling",
+    "num_classes",
+    "projection",
+    "head_input",
+}
+
+
+def model_dataclass(model: Mapping[str, Any]) -> Any:
+    """The dataclass that a `config.model` describes.
+
+    Raises:
+      ConfigError, UnknownNameError: see `mmjax.build`.
+    """
+    name, fields = split_name(model, "config.model")
+    return dataclass_from(MODELS[name][0], fields, "config.model")
+
+
+def is_run(source: Path) -> bool:
+    """Whether a directory is the work directory of a run; it has a config.json of its own kind."""
+    return (source / "checkpoints").is_dir()
+
+
+def check_handover(model: Mapping[str, Any], source: Path, names: Mapping[str, str]) -> None:
+    """That the parts of a model which come from a source are made there as they are here.
+
+    Args:
+      model: `config.model`.
+      source: the work directory of a run, or a checkpoint of Hugging Face format.
+      names: {path of a parameter here: its path there}.
+
+    Raises:
+      ConfigError: listing every field that differs.
+    """
+    ours, theirs = model_dataclass(model), _config_of(source)
+    if theirs is None:
+        return
+    problems = []
+    for here, there in sorted({_parts(*pair) for pair in names.items()}):
+        one, other = _at(ours, here), _at(theirs, there)
+        if one is None or other is None:
+            continue
+        one, other = _fields(one), _fields(other)
+        problems += [
+            f"  {'.'.join(filter(None, (here.replace('/', '.'), key)))}: {one[key]!r} here, "
+            f"{other[key]!r} there"
+            for key in sorted(one.keys() & other.keys())
+            if one[key] != other[key]
+        ]
+    if problems:
+        raise ConfigError(
+            f"config.init takes parameters from {source}, which fit in shape, but were made for "
+            "another computation:\n"
+            + "\n".join(problems)
+            + "\nChange config.model to what it is there, or name the right source."
+        )
+
+
+def _config_of(source: Path) -> Any | None:
+    """The dataclass of the model in a source; None if it does not say."""
+    if not is_run(source):
+        return convert.open_checkpoint(source).config
+    path = source / "config.json"
+    return model_dataclass(json.loads(path.read_text("utf-8"))["model"]) if path.is_file() else None
+
+
+def _parts(here: str, there: str) -> tuple[str, str]:
+    """Which part of the model a parameter belongs to, on both sides: what is left of its paths
+    without their common end, or the first component where they are equal."""
+    ours, theirs = here.split("/"), there.split("/")
+    while ours and theirs and ours[-1] == theirs[-1]:
+        ours.pop()
+        theirs.pop()
+    if not ours and not theirs:
+        return here.split("/")[0], there.split("/")[0]
+    return "/".join(ours), "/".join(theirs)
+
+
+def _at(config: Any, part: str) -> Any | None:
+    """The dataclass of a part; None where a part is no dataclass of its own."""
+    for name in filter(None, part.split("/")):
+        config = vars(config).get(name)
+        if not dataclasses.is_dataclass(config):
+            return None
+    return config
+
+
+def _fields(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Fields at any depth that decide what is computed."""
+    flat = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in _FREE:
+            continue
+        if dataclasses.is_dataclass(value):
+            flat |= _fields(value, f"{prefix}{field.name}.")
+        else:
+            flat[prefix + field.name] = value
+    return flat
