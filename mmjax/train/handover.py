@@ -63,7 +63,11 @@ def check_handover(model: Mapping[str, Any], source: Path, names: Mapping[str, s
     if theirs is None:
         return
     problems = []
-    for here, there in sorted({_parts(*pair) for pair in names.items()}):
+    parts = {_parts(*pair) for pair in names.items()}
+    if type(ours) is type(theirs) and {(name, name) for name in _nested(ours)} <= parts:
+        # All of it: how the parts go together must agree as well.
+        parts = {("", "")}
+    for here, there in sorted(parts):
         one, other = _at(ours, here), _at(theirs, there)
         if one is None or other is None:
             continue
@@ -110,6 +114,12 @@ def _at(config: Any, part: str) -> Any | None:
         if not dataclasses.is_dataclass(config):
             return None
     return config
+
+
+def _nested(config: Any) -> list[str]:
+    """Names of the fields that are dataclasses."""
+    values = ((field.name, getattr(config, field.name)) for field in dataclasses.fields(config))
+    return [name for name, value in values if dataclasses.is_dataclass(value)]
 
 
 def _fields(config: Any, prefix: str = "") -> dict[str, Any]:
