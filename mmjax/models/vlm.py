@@ -132,10 +132,10 @@ class VLM(nnx.Module):
         self.encoder = ViT(config.encoder, rngs=rngs)
         width = config.encoder.width * len(config.features)
         self.connector = make_connector(config.connector, width, config.lm.width, rngs=rngs)
-        self.newline = None
-        if config.newline:
-            init = nnx.initializers.normal(config.lm.width**-0.5)
-            self.newline = nnx.Param(init(rngs.params(), (config.lm.width,), jnp.float32))
+        init, width = nnx.initializers.normal(config.lm.width**-0.5), config.lm.width
+        self.newline = (
+            nnx.Param(init(rngs.params(), (width,), jnp.float32)) if config.newline else None
+        )
         self.lm = self.language_model(config.lm, rngs=rngs)
 
     def __call__(
@@ -157,8 +157,8 @@ class VLM(nnx.Module):
         place: Int[Array, "b t"] | None = None,
         segments: Int[Array, "b t"] | None = None,
         prefix: Bool[Array, "b t"] | None = None,
-        text: Int[Array, "c l"] | None = None,
-        text_mask: Bool[Array, "c l"] | None = None,
+        text: Int[Array, "n l"] | None = None,
+        text_mask: Bool[Array, "n l"] | None = None,
     ) -> VLMOutput:
         """See `VLMOutput`.
 
@@ -196,8 +196,8 @@ class VLM(nnx.Module):
         self,
         images: Float[Array, "b i h w c"],
         *,
-        text: Int[Array, "c l"] | None = None,
-        text_mask: Bool[Array, "c l"] | None = None,
+        text: Int[Array, "n l"] | None = None,
+        text_mask: Bool[Array, "n l"] | None = None,
     ) -> Float[Array, "b m d"]:
         """The visual tokens of each row, those of its images one after the other."""
         config = self.config
@@ -237,8 +237,8 @@ class VLM(nnx.Module):
         length: int,
         images: Float[Array, "b i h w c"] | None = None,
         place: Int[Array, "b t"] | None = None,
-        text: Int[Array, "c l"] | None = None,
-        text_mask: Bool[Array, "c l"] | None = None,
+        text: Int[Array, "n l"] | None = None,
+        text_mask: Bool[Array, "n l"] | None = None,
     ) -> tuple[Float[Array, "b v"], Cache | T5Cache]:
         """Read the prompts; see `LM.prefill`, and `run` for images and what goes with them."""
         embeddings, place = self._embed(tokens, images, mask, place, text, text_mask)
@@ -357,8 +357,8 @@ class Seq2SeqVLM(VLM):
         decoder_tokens: Int[Array, "b u"],
         decoder_mask: Bool[Array, "b u"] | None = None,
         place: Int[Array, "b t"] | None = None,
-        text: Int[Array, "c l"] | None = None,
-        text_mask: Bool[Array, "c l"] | None = None,
+        text: Int[Array, "n l"] | None = None,
+        text_mask: Bool[Array, "n l"] | None = None,
     ) -> VLMOutput:
         """`VLMOutput` of the decoder. What is not said here is said of `VLM.run`.
 
@@ -379,8 +379,8 @@ class Seq2SeqVLM(VLM):
         length: int,
         images: Float[Array, "b i h w c"] | None = None,
         place: Int[Array, "b t"] | None = None,
-        text: Int[Array, "c l"] | None = None,
-        text_mask: Bool[Array, "c l"] | None = None,
+        text: Int[Array, "n l"] | None = None,
+        text_mask: Bool[Array, "n l"] | None = None,
     ) -> tuple[Float[Array, "b v"], T5Cache]:
         """Runs the encoder, and the decoder on its start token; see `T5.prefill`."""
         embeddings, _ = self._embed(tokens, images, mask, place, text, text_mask)
