@@ -15,7 +15,11 @@ from mmjax.data.sources import SOURCES, DataNotFoundError
 from mmjax.registry import UnknownNameError, nearest
 
 # Builders this package brings: name -> module that defines (and so registers) it.
-_OWN_BUILDERS = {"openmoji": "mmjax.data.openmoji"}
+_OWN_BUILDERS = {
+    "openmoji": "mmjax.data.openmoji",
+    "scenes": "mmjax.data.scenes",
+    "scene_tiles": "mmjax.data.scenes",
+}
 
 
 @contextlib.contextmanager

