@@ -21,12 +21,13 @@ from ml_collections import ConfigDict
 import mmjax
 from mmjax import convert, flops, rules, sharding
 from mmjax.config import ConfigError, dataclass_from, split_name
-from mmjax.nn import backend
+from mmjax.data.spec import batch_fields, parse
+from mmjax.nn import backend, lora
 from mmjax.nn.partition import activation_sharding
 from mmjax.params import Params, abstract
 from mmjax.registry import nearest
 from mmjax.train import checkpoints, state
-from mmjax.train.handover import check_handover, is_run
+from mmjax.train.handover import check_handover, is_run, model_dataclass
 from mmjax.train.optimizers import OptimizerConfig, make_optimizer, make_schedule
 from mmjax.train.schedules import Schedule
 from mmjax.train.step import make_step
@@ -76,6 +77,7 @@ GROUPS: dict[str, type | None] = {
     "task": None,
     "model": None,
     "init": None,
+    "lora": lora.LoRAConfig,
     "data": None,
     "mesh": sharding.MeshConfig,
     "rules": RulesConfig,
@@ -98,6 +100,7 @@ def base_config(
     rules: dict[str, Any] | None = None,
     mesh: dict[str, Any] | None = None,
     init: Sequence[tuple[str, str, str]] = (),
+    lora: dict[str, Any] | None = None,
     seed: int = 0,
 ) -> ConfigDict:
     """A complete config: what is given, and the defaults of every key that is not.
@@ -112,11 +115,14 @@ def base_config(
         "train": train,
         "checkpoint": checkpoint,
     }
+    if lora is not None:
+        given["lora"] = lora
     full: dict[str, Any] = {
         "seed": seed,
         "task": task,
         "model": model,
         "init": tuple(init),
+        "lora": None,
         "data": data,
         "evals": evals or {},
     }
@@ -156,16 +162,7 @@ class Experiment:
 
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and shardings of a global batch, as config.data.train describes it."""
-        data, size = self.config.data.train, self.train.batch_size
-        shapes = {}
-        if data.get("image") is not None:
-            side = data.image.size
-            shapes["image"] = ((size, side, side, 3), "float32")
-        if data.get("text") is not None:
-            shapes["text"] = ((size, data.text.max_len), "int32")
-            shapes["text_mask"] = ((size, data.text.max_len), "bool")
-        if data.get("label") is not None:
-            shapes["label"] = ((size,), "int32")
+        shapes = batch_fields(self.config.data.train, self.train.batch_size)
         where = sharding.batch_sharding(self.mesh)
         return {
             name: jax.ShapeDtypeStruct(*shape, sharding=where) for name, shape in shapes.items()
@@ -245,7 +242,7 @@ def prepare(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
     parts = {
         name: dataclass_from(cls, config[name], f"config.{name}")
         for name, cls in GROUPS.items()
-        if cls is not None
+        if cls is not None and not (name == "lora" and config.lora is None)
     }
     training, optimizer = parts["train"], parts["optimizer"]
     for name, value in (
@@ -266,7 +263,11 @@ def prepare(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
     )
 
     def make() -> nnx.Module:
-        return mmjax.build(config.model, rngs=nnx.Rngs(config.seed))
+        rngs = nnx.Rngs(config.seed)
+        model = mmjax.build(config.model, rngs=rngs)
+        if config.lora is not None:
+            lora.add(model, parts["lora"], rngs=rngs)
+        return model
 
     graphdef, shapes = abstract(make)
     tables = parts["rules"]
@@ -290,6 +291,7 @@ def prepare(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
         task = TASKS[name](mesh, **options)
     except TypeError as error:
         raise ConfigError(f"config.task {name!r}: {error}") from None
+    task.check(model_dataclass(config.model), parse(config.data.train))
     step = make_step(task, graphdef, tx, accumulate=training.accumulate, ema=optimizer.ema)
     return Experiment(
         config=config,

@@ -18,6 +18,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mmjax import losses
+from mmjax.config import ConfigError
+from mmjax.data.spec import DataSpec
+from mmjax.models.vlm import VLMConfig
 from mmjax.registry import Registry, nearest
 from mmjax.sharding import BATCH_AXES
 from mmjax.typing import Array
@@ -37,6 +40,17 @@ class Task(abc.ABC):
     """
 
     fields: tuple[str, ...]
+
+    def check(self, model: Any, data: DataSpec) -> None:  # noqa: B027 (most tasks have none)
+        """That the data is what the model takes, as far as shapes do not show it.
+
+        Args:
+          model: the dataclass of config.model.
+          data: config.data.train, parsed.
+
+        Raises:
+          ConfigError: listing what does not agree.
+        """
 
     @abc.abstractmethod
     def loss(self, model: nnx.Module, batch: Batch, rng: Array | None) -> Result:
@@ -165,6 +179,51 @@ class VisionLanguage(Task):
         if targets is not None and targets < 1:
             raise ValueError(f"config.task.targets={targets} must be at least 1, or None.")
         self.targets = targets
+
+    def check(self, model: VLMConfig, data: DataSpec) -> None:
+        spec = data.conversation
+        if spec is None or spec.layout is None:
+            raise ConfigError(
+                "The task 'vlm' learns from conversations about images: config.data.train needs "
+                "`conversation`, with `images` and `layout`."
+            )
+        where = "config.data.train.conversation"
+        most = spec.max_len if spec.max_targets is None else spec.max_targets
+        problems = []
+        for wrong, text in (
+            (
+                spec.layout.tokens != model.image_tokens,
+                f"{where}.layout.tokens={spec.layout.tokens}, but the model makes "
+                f"{model.image_tokens} visual tokens of a picture",
+            ),
+            (
+                spec.image_token != model.image_token,
+                f"{where}.image_token={spec.image_token}, but config.model.image_token="
+                f"{model.image_token}",
+            ),
+            (
+                spec.prefix != (model.attention == "prefix"),
+                f"{where}.prefix={spec.prefix}, but config.model.attention={model.attention!r}",
+            ),
+            (
+                spec.images % model.connector.frames != 0,
+                f"{where}.images={spec.images} is no multiple of the {model.connector.frames} "
+                "frames that the connector reads together",
+            ),
+            (
+                model.limit is not None and spec.max_len > model.limit,
+                f"{where}.max_len={spec.max_len} exceeds the language model's limit of "
+                f"{model.limit} positions",
+            ),
+            (
+                self.targets is not None and self.targets < most,
+                f"config.task.targets={self.targets}, but rows have up to {most} supervised "
+                f"tokens: set {where}.max_targets",
+            ),
+        ):
+            problems += [f"  {text}"] if wrong else []
+        if problems:
+            raise ConfigError("Data and model do not agree:\n" + "\n".join(problems))
 
     def loss(self, model, batch, rng):
         del rng

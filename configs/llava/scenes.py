@@ -1,0 +1,169 @@
+"""A vision-language model on composed scenes and easy-VQA, in stages, on two CPU cores.
+
+An encoder of our own (configs/siglip/tiles.py), a connector, and SmolLM2-135M-Instruct:
+
+python -m experiments.train --config configs/siglip/tiles.py --workdir runs/tiles
+python -m experiments.train --config configs/llava/scenes.py:stage=align --workdir runs/align
+python -m experiments.train --config configs/llava/scenes.py:stage=tune --workdir runs/tune
+
+`align` trains the connector on captions, `tune` connector and language model on questions (with
+rank=16 the language model by LoRA); `single` is the second without the first. As LLaVA (Liu et al.,
+2023), whose figures these are not: the data are icons.
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from configs import weights
+from mmjax import convert
+from mmjax.config import ConfigError, parse_arg
+from mmjax.data.scenes import CELLS
+from mmjax.evaluate.sheets import ICONS_NOTE
+from mmjax.models.sizes import vit_size
+from mmjax.models.vlm import VLMConfig
+from mmjax.registry import nearest
+from mmjax.train.experiment import base_config
+from mmjax.train.handover import model_dataclass
+
+STAGES = ("align", "tune", "single")
+# The placeholder of visual tokens: a special token that no text here has ("<filename>").
+IMAGE_TOKEN = 6
+
+# A cell of a scene is a tile: 4 x 4 patches, and one visual token.
+ENCODER = dict(
+    image_size=48,
+    **vit_size("Xs/12"),
+    activation="gelu_tanh",
+    norm_eps=1e-6,
+    pooling="none",
+    position="sincos2d",
+)
+CONNECTORS = {
+    "pixel_shuffle": dict(name="pixel_shuffle", factor=4, projection=dict(name="mlp")),
+    "mlp": dict(name="mlp"),
+}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """See the module.
+
+    Args:
+      arg: stage; encoder, lm and start, the runs or checkpoints whose weights are taken; connector;
+        steps, batch (rows), length (tokens of a row), lr; rank (of LoRA in the language model, 0:
+        none); eval (questions of each set, 0: all).
+    """
+    arg = parse_arg(
+        arg,
+        stage="align",
+        encoder="runs/tiles",
+        lm="",
+        start="runs/align",
+        connector="pixel_shuffle",
+        steps=0,
+        batch=4,
+        length=128,
+        lr=0.0,
+        rank=0,
+        eval=300,
+    )
+    if arg.stage not in STAGES:
+        raise ConfigError(f"stage={arg.stage}; {nearest(arg.stage, STAGES)}")
+    lm = arg.lm or weights.smollm2()
+    model = dict(
+        name="vlm",
+        encoder=ENCODER,
+        connector=CONNECTORS[arg.connector],
+        lm=dataclasses.asdict(convert.open_checkpoint(lm).config),
+        image_token=IMAGE_TOKEN,
+        features=(-1,),
+        features_norm=True,
+    )
+    made: VLMConfig = model_dataclass(model)
+    aligning = arg.stage == "align"
+    init = (("encoder/(.*)", arg.encoder, r"image/\1"), ("lm/(.*)", lm, r"\1"))
+    if arg.stage == "tune":
+        init = ((".*", arg.start, r"\g<0>"),)
+    trainable = (("encoder/.*", False), (".*", True))
+    if aligning:
+        trainable = (("connector/.*", True), (".*", False))
+    steps = arg.steps or (400 if aligning else 500)
+
+    def data(*sources: dict, **options) -> dict:
+        conversation = dict(
+            template="qa",
+            max_len=arg.length,
+            images=18,
+            layout=dict(
+                name="tiles",
+                preset="siglip",
+                size=48,
+                tokens=made.image_tokens,
+                rows=3,
+                columns=3,
+                markers=tuple(
+                    tuple(f" {cell}:" for cell in CELLS[row : row + 3]) for row in (0, 3, 6)
+                ),
+            ),
+            image_token=IMAGE_TOKEN,
+        )
+        return dict(sources=list(sources), conversation=conversation | options)
+
+    def scenes(split: str, **form) -> dict:
+        return dict(name="tfds", dataset="scenes", split=split, form=dict(name="questions", **form))
+
+    def easy(split: str, **form) -> dict:
+        return dict(name="easy_vqa", split=split, form=dict(name="questions", **form))
+
+    tiles = dict(name="tfds", dataset="scene_tiles", split="seen", form="caption")
+    if aligning:
+        train = [tiles | dict(weight=3.0), scenes("train", caption=1.0)]
+    else:
+        train = [
+            scenes("train", turns=12) | dict(weight=3.0),
+            easy("train", turns=6) | dict(weight=1.0),
+        ]
+    targets = arg.length // 2
+    evals = {}
+    if not aligning:
+        for key, source, title in (
+            ("scenes", scenes("test"), "Scenes of concepts seen in training"),
+            ("heldout", scenes("heldout"), "Scenes of held-out concepts"),
+            ("easy_vqa", easy("test"), "easy-VQA"),
+        ):
+            evals[key] = dict(
+                name="vqa",
+                every=steps,
+                data=data(source),
+                limit=arg.eval,
+                max_new_tokens=8,
+                batch_size=32,
+                controls=("blind",),
+                sheet=f"{key}.png",
+                title=title,
+                note=ICONS_NOTE,
+            )
+    return base_config(
+        task=dict(name="vlm", targets=targets),
+        model=model,
+        init=init,
+        data=dict(
+            tokenizer=dict(name="gguf", path=lm),
+            train=data(*train, pack=True, max_targets=targets),
+            workers=0,
+            threads=1,
+            prefetch=4,
+            max_bad_share=0.01,
+        ),
+        optimizer=dict(
+            name="adamw",
+            learning_rate=arg.lr or (2e-3 if aligning else 5e-4),
+            schedule=dict(name="cosine", warmup=steps // 20),
+            weight_decay=0.01,
+            clip_norm=1.0,
+        ),
+        rules=dict(trainable=trainable),
+        train=dict(steps=steps, batch_size=arg.batch, log_every=20),
+        checkpoint=dict(every=steps),
+        evals=evals,
+    )
