@@ -23,11 +23,14 @@ class Row(NamedTuple):
       theirs: its name, with a `*` for the layer where our parameters are stacked over layers.
       ours: the path of ours, or several where theirs fuses them.
       kind: what tensors it has; see `mmjax.convert.kinds`.
+      first, step: our layers 0, 1, 2, ... are their layers first, first + step, ...
     """
 
     theirs: str
     ours: str | tuple[str, ...]
     kind: Kind
+    first: int = 0
+    step: int = 1
 
 
 class Entry(NamedTuple):
@@ -82,7 +85,8 @@ def lay_out(rows: Sequence[Row], shapes: Mapping[str, jax.ShapeDtypeStruct]) -> 
             ]
             shape = jax.eval_shape(leaf.transform.to_theirs, *one).shape
             for layer in range(depth):
-                name = row.theirs.replace("*", str(layer)) + leaf.theirs
+                number = str(row.first + layer * row.step)
+                name = row.theirs.replace("*", number) + leaf.theirs
                 place = layer if stacked else None
                 entries.append(Entry(name, paths, place, leaf.transform, shape))
     problems += [f"  no row fills {path}" for path in shapes if path not in filled]

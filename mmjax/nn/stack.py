@@ -231,9 +231,9 @@ class Stack(nnx.Module):
     """`depth` blocks; their parameters are those of one block with a leading [depth], at `layers`.
 
     Args:
-      config: of each block.
+      config: of each block; a `BlockConfig` unless `block` says otherwise.
       depth: number of blocks.
-      block: `Block` or a subclass, made with (config, rngs=...).
+      block: `Block` or a class that is called like it, made with (config, rngs=...).
       remat: a name in `REMAT`.
       drop_path: rate of stochastic depth at the last block; it grows linearly from 0 at the first.
       unroll: blocks in one iteration of the scan: more compile time for, on some backends,
@@ -242,10 +242,10 @@ class Stack(nnx.Module):
 
     def __init__(
         self,
-        config: BlockConfig,
+        config: Any,
         depth: int,
         *,
-        block: type[Block] = Block,
+        block: type[nnx.Module] = Block,
         remat: str = "none",
         drop_path: float = 0.0,
         unroll: int = 1,
