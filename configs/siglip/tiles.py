@@ -23,7 +23,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     # Views were drawn when the data was prepared: there is nothing to augment.
     text = train["text"] | dict(also_share=0.5)
-    config.data.train = ConfigDict(data("train") | dict(text=text))
+    config.data.train = ConfigDict(data("seen+heldout") | dict(text=text))
     config.evals = ConfigDict(
         dict(
             names=dict(
