@@ -1,6 +1,10 @@
 """Data: sources with random access, HF-exact images, tokenizers, and the resumable loader."""
 
-from mmjax.data import tfds_source, webdataset_source  # noqa: F401  (they register their sources)
+from mmjax.data import (  # noqa: F401  (they register their sources)
+    easy_vqa,
+    tfds_source,
+    webdataset_source,
+)
 from mmjax.data.image import PRESETS, CorruptImageError, denormalize, preprocess
 from mmjax.data.loader import EvalLoader, Loader, open_eval, open_train
 from mmjax.data.pipeline import Batch, Skipped, TooManyBadRecordsError
