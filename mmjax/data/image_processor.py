@@ -252,6 +252,13 @@ class ImageProcessor:
         recipe = self._recipe
         return parse_options(self.name, recipe.options, recipe.obeys, self._config | changes)
 
+    def _options(self, changes: Mapping[str, Any]) -> ImageOptions:
+        return self._parse(changes) if changes else self.options
+
+    def read(self, image: ImageInput, **changes: Any) -> Image.Image:
+        """An image as it is before it is resized: upright and RGB. See `__call__`."""
+        return _rgb(image, self._options(changes))
+
     def __call__(
         self, images: ImageInput | Sequence[ImageInput], **changes: Any
     ) -> np.ndarray | Patches:
@@ -273,7 +280,7 @@ class ImageProcessor:
           ProcessorConfigError: an option that cannot be obeyed, images that are not RGB where
             do_convert_rgb is not set, or that end with different sizes.
         """
-        options = self._parse(changes) if changes else self.options
+        options = self._options(changes)
         several = isinstance(images, list | tuple)
         rgb = [_rgb(image, options) for image in (images if several else [images])]
         if not rgb:

@@ -14,15 +14,18 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mmjax.data.image_options import ProcessorConfigError
-from mmjax.data.image_processor import ImageInput, ImageProcessor
+from mmjax.data.image_processor import ImageInput, ImageProcessor, recipe_name
 from mmjax.data.sources import DataNotFoundError, existing
 from mmjax.data.tokenizer import HF_TOKENIZER_FILES, open_hf_tokenizer
 from mmjax.registry import UnknownNameError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 # Where a directory names no class, its model decides, as in transformers.
 _CLASS_OF_MODEL = {
@@ -37,6 +40,9 @@ _CLASS_OF_MODEL = {
     "siglip_vision_model": "SiglipImageProcessor",
     "siglip2": "Siglip2ImageProcessor",
     "siglip2_vision_model": "Siglip2ImageProcessor",
+    "llava": "CLIPImageProcessor",
+    "llava_next": "LlavaNextImageProcessor",
+    "paligemma": "SiglipImageProcessor",
 }
 # Text towers that learnt at one length, padding included (SigLIP attends to it; CLIP's were always
 # that long): their text is padded to the whole length.
@@ -132,7 +138,7 @@ class Processor:
             )
         if text is not None:
             batch["tokens"], batch["mask"] = self._encode(
-                [text] if isinstance(text, str) else list(text),
+                self._as_texts(text),
                 self._padding if padding is None else padding,
                 self.max_length if max_length is None else max_length,
                 truncation,
@@ -140,6 +146,15 @@ class Processor:
                 add_special_tokens,
             )
         return batch
+
+    def _as_texts(self, text: str | Sequence[str]) -> list[str]:
+        texts = [text] if isinstance(text, str) else list(text)
+        for one in texts:
+            if not isinstance(one, str):
+                raise ValueError(f"Text must be a string or several of them, not {one!r}.")
+        if not texts:
+            raise ValueError("There are no texts to process.")
+        return texts
 
     def _encode(
         self,
@@ -150,11 +165,6 @@ class Processor:
         side: str,
         add_special_tokens: bool,
     ) -> tuple[np.ndarray, np.ndarray]:
-        for text in texts:
-            if not isinstance(text, str):
-                raise ValueError(f"Text must be a string or several of them, not {text!r}.")
-        if not texts:
-            raise ValueError("There are no texts to process.")
         tokenizer = self._tokenizer()
         encoded = tokenizer(
             [text.lower() for text in texts] if self._lower_case else texts,
@@ -179,16 +189,20 @@ class Processor:
             )
         tokens = np.asarray(encoded["input_ids"], np.int32)
         mask = np.asarray(encoded["attention_mask"], bool)
-        if self._vocab_size is not None and tokens.max(initial=0) >= self._vocab_size:
-            token = int(tokens.max())
-            raise ValueError(
-                f"The tokenizer in {self._directory} makes the token {token} "
-                f"({tokenizer.convert_ids_to_tokens(token)!r}), but the model has only "
-                f"{self._vocab_size}: they do not belong together."
-            )
+        self._check_ids(tokens)
         # A model without a mask attends to its padding (SigLIP's directories say so).
         masked = "attention_mask" in tokenizer.model_input_names
         return tokens, mask if masked else np.ones_like(mask)
+
+    def _check_ids(self, tokens: np.ndarray) -> None:
+        """Raises ValueError if the model does not have one of these tokens."""
+        token = int(tokens.max(initial=0))
+        if self._vocab_size is not None and token >= self._vocab_size:
+            raise ValueError(
+                f"The tokenizer in {self._directory} makes the token {token} "
+                f"({self._tokenizer().convert_ids_to_tokens(token)!r}), but the model has only "
+                f"{self._vocab_size}: they do not belong together."
+            )
 
     def apply_chat_template(
         self, conversation: Sequence[Any], *, tokenize: bool = True, **options: Any
@@ -236,7 +250,8 @@ def load_processor(directory: str | os.PathLike) -> Processor:
     """The preprocessing that belongs to the model in a Hugging Face directory.
 
     Reads `processor_config.json` or `preprocessor_config.json` for images, and the tokenizer's
-    files for text; a directory may have one of them or both. Every option of the image processor is
+    files for text; a directory may have one of them or both. Of a vision-language model it is a
+    `VLMProcessor`, which puts images into texts. Every option of the image processor is
     obeyed or refused. What differs from transformers on purpose:
 
     - Siglip2Processor ignores patch_size, max_num_patches of its directory; they count here.
@@ -254,19 +269,32 @@ def load_processor(directory: str | os.PathLike) -> Processor:
     if not path.is_dir():
         raise DataNotFoundError(f"{path} is a file; a model directory is expected.")
     config = _read_json(path / "config.json") or {}
-    images = _image_config(path)
+    processor = _read_json(path / "processor_config.json") or {}
+    # Transformers 5 writes everything into one file; older versions, and image processors without a
+    # tokenizer, have preprocessor_config.json.
+    images = processor.get("image_processor")
+    images = _read_json(path / "preprocessor_config.json") if images is None else images
     has_text = any((path / name).exists() for name in HF_TOKENIZER_FILES)
     if images is None and not has_text:
         raise DataNotFoundError(
             f"{path} holds nothing to process images or text with: no processor_config.json, no "
             f"preprocessor_config.json, none of {', '.join(HF_TOKENIZER_FILES)}."
         )
-    return Processor(
-        path,
-        None if images is None else ImageProcessor(_class_of(images, config, path), images),
-        open_hf_tokenizer(path) if has_text else None,
-        config,
-    )
+    tokenizer = open_hf_tokenizer(path) if has_text else None
+    if images is None:
+        return Processor(path, None, tokenizer, config)
+    kind = recipe_name(_class_of(images, config, path))
+    if tokenizer is not None:
+        from mmjax.data import vlm_processor  # which is made of what is here
+
+        declared = _read_json(path / "tokenizer_config.json") or {}
+        name = vlm_processor.class_of([processor, images, declared], config)
+        if name is not None:
+            facts = vlm_processor.Facts(processor, images, kind, hf_config(config), tokenizer)
+            sight = vlm_processor.PROCESSORS[name](facts)
+            template = (_read_json(path / "chat_template.json") or {}).get("chat_template")
+            return vlm_processor.VLMProcessor(path, sight, tokenizer, config, template)
+    return Processor(path, ImageProcessor(kind, images), tokenizer, config)
 
 
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
@@ -309,13 +337,6 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def _image_config(path: Path) -> dict[str, Any] | None:
-    """Transformers 5 writes processor_config.json with everything inside; older versions, and image
-    processors without a tokenizer, preprocessor_config.json."""
-    nested = (_read_json(path / "processor_config.json") or {}).get("image_processor")
-    return nested if nested is not None else _read_json(path / "preprocessor_config.json")
-
-
 def _class_of(images: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> str:
     declared = images.get("image_processor_type") or images.get("feature_extractor_type")
     model = config.get("model_type")
@@ -327,12 +348,15 @@ def _class_of(images: Mapping[str, Any], config: Mapping[str, Any], path: Path) 
     return declared or _CLASS_OF_MODEL[model]
 
 
-def _text_facts(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The text model's configuration with its defaults, or nothing where there is none."""
+def hf_config(config: Mapping[str, Any]) -> PretrainedConfig | None:
+    """What a `config.json` says, with its defaults; None where its model type is not known."""
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    if config.get("model_type") not in CONFIG_MAPPING:
-        return {}
-    whole = AutoConfig.for_model(**config)
-    return whole.get_text_config().to_dict()
+    return AutoConfig.for_model(**config) if config.get("model_type") in CONFIG_MAPPING else None
+
+
+def _text_facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The text model's configuration with its defaults, or nothing where there is none."""
+    whole = hf_config(config)
+    return {} if whole is None else whole.get_text_config().to_dict()

@@ -1,0 +1,461 @@
+"""Processors of vision-language models: images take their places in texts.
+
+    processor = load_processor(directory)
+    batch = processor(images=["cat.png", "dog.png"], text=["<image> a", "<image> b and c"])
+    logits = model(**batch)          # tokens, mask, images, place
+
+What a class of transformers does of its own is said by a `Sight`; to add one, register a function
+that makes it in `PROCESSORS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from mmjax.data import anyres
+from mmjax.data.image import PRESETS
+from mmjax.data.image_options import ProcessorConfigError
+from mmjax.data.image_processor import ImageInput, ImageProcessor
+from mmjax.data.processor import Processor
+from mmjax.data.visual import TEXT, Plan
+from mmjax.registry import Registry
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+# One image, or those of all texts one after the other, or a list of them for each text.
+Images = ImageInput | Sequence[ImageInput] | Sequence[Sequence[ImageInput]]
+
+
+class Facts(NamedTuple):
+    """What a directory says.
+
+    Attributes:
+      processor: content of its `processor_config.json`, or nothing.
+      images: options of its image processor.
+      kind: name of the image processor's class.
+      model: the model's config, or None.
+      tokenizer: of transformers.
+    """
+
+    processor: Mapping[str, Any]
+    images: Mapping[str, Any]
+    kind: str
+    model: PretrainedConfig | None
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclasses.dataclass(frozen=True)
+class Sight:
+    """How a processor class makes pictures of images, and places for them in texts.
+
+    Attributes:
+      images: makes the pixels of each picture.
+      size: (height, width) of all pictures.
+      tokens: visual tokens of a picture: `VLMConfig.image_tokens`.
+      plan: (width, height) of an image -> its `Plan`.
+      views: image -> what `images` makes pictures of: the image itself, or its tiles.
+      token: stands for an image in a text and, once it is laid out, at each visual place.
+      inserted: whether images whose places no text says go before the texts.
+      prompt: a text, with its `token`s -> what is encoded.
+      special_tokens: whether the tokenizer adds those of begin and end by itself.
+      side: where padding goes; None: as the tokenizer has it.
+    """
+
+    images: ImageProcessor
+    size: tuple[int, int]
+    tokens: int
+    plan: Callable[[int, int], Plan]
+    views: Callable[[Image.Image], list[Image.Image]] = lambda image: [image]
+    token: str = "<image>"
+    inserted: bool = False
+    prompt: Callable[[str], str] = lambda text: text
+    special_tokens: bool = True
+    side: str | None = "left"
+
+
+PROCESSORS: Registry[Callable[[Facts], Sight]] = Registry("processor")
+# Where a directory names no class, its model decides, as in transformers.
+CLASS_OF_MODEL = {
+    "llava": "LlavaProcessor",
+    "llava_next": "LlavaNextProcessor",
+    "paligemma": "PaliGemmaProcessor",
+}
+
+
+class VLMProcessor(Processor):
+    """See the module's docstring, and `Processor` for what is not said here.
+
+    Args:
+      template: of chats; None: the tokenizer's.
+
+    Attributes:
+      sight: how images become pictures and places.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        sight: Sight,
+        tokenizer: PreTrainedTokenizerBase,
+        config: Mapping[str, Any],
+        template: str | None,
+    ):
+        super().__init__(directory, sight.images, tokenizer, config)
+        self.sight = sight
+        self._side = sight.side
+        self._template = template
+        self._token_id = tokenizer.convert_tokens_to_ids(sight.token)
+
+    def __call__(
+        self,
+        images: Images | None = None,
+        text: str | Sequence[str] | None = None,
+        *,
+        padding: bool | str | None = None,
+        max_length: int | None = None,
+        truncation: bool = False,
+        padding_side: str | None = None,
+        add_special_tokens: bool = True,
+        **image_options: Any,
+    ) -> dict[str, Any]:
+        """What our models take: `tokens` and `mask` and, where there are images, those and `place`.
+
+        Args:
+          images: one image, or those of all texts one after the other, or a list for each text;
+            see `ImageProcessor.__call__` for what an image is. `images` is then [B, I, H, W, 3]
+            float32; rows with fewer pictures than I end with some of zeros.
+          text: with a placeholder ("<image>") for each image, where it stands. `place` [B, T] int32
+            is the visual token of the row at each position, -1 for text, -2 for the learned
+            newline; see `VLM.run`.
+          truncation: cut what is longer, but no images.
+          padding_side: "left" by default, for models that continue their text.
+          padding, max_length, add_special_tokens, image_options: as in `Processor.__call__`.
+
+        Raises:
+          CorruptImageError, ProcessorConfigError: see `ImageProcessor.__call__`; an option that
+            makes pictures of another size.
+          ValueError: as `Processor.__call__`; a text whose placeholders are not as many as its
+            images.
+        """
+        if images is None and text is None:
+            raise ValueError("The processor was given neither images nor text.")
+        texts = None if text is None else self._as_texts(text)
+        groups = self._groups(images, texts)
+        if texts is not None:
+            texts = self._with_placeholders(texts, groups)
+        seen = [[self._look(image, image_options) for image in group] for group in groups]
+        plans = [[plan for plan, _ in row] for row in seen]
+        batch: dict[str, Any] = {}
+        if texts is not None:
+            batch["tokens"], batch["mask"] = self._encode(
+                [self._laid_out(*row) for row in zip(texts, plans, strict=True)],
+                self._padding if padding is None else padding,
+                self.max_length if max_length is None else max_length,
+                truncation,
+                padding_side or self._side or self._tokenizer().padding_side,
+                add_special_tokens and self.sight.special_tokens,
+            )
+        if any(groups):
+            batch["images"] = self._stacked([[pixels for _, pixels in row] for row in seen])
+            if texts is not None:
+                batch["place"] = self._places(batch["tokens"], plans)
+        return batch
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Any],
+        *,
+        tokenize: bool = True,
+        images: Images | None = None,
+        **options: Any,
+    ) -> dict[str, Any] | str | list[str]:
+        """A conversation (or several), rendered by the directory's template.
+
+        Args:
+          conversation: [{"role": "user", "content": [{"type": "image", "image": ...},
+            {"type": "text", "text": "..."}]}, ...], or a list of such.
+          tokenize: give what `__call__` gives rather than text.
+          images: instead of those in the conversation, whose places then hold {"type": "image"}.
+          options: of transformers' `apply_chat_template`, such as add_generation_prompt=True.
+
+        Raises:
+          ValueError: no template; as `__call__`.
+        """
+        text = self._tokenizer().apply_chat_template(
+            conversation, chat_template=self._template, tokenize=False, **options
+        )
+        if not tokenize:
+            return text
+        if images is None:
+            several = isinstance(text, list)
+            images = [_images_of(one) for one in (conversation if several else [conversation])]
+        begin = self._tokenizer().bos_token
+        first = text if isinstance(text, str) else text[0]
+        begun = begin is not None and first.startswith(begin)
+        return self(images=images, text=text, add_special_tokens=not begun)
+
+    def _groups(self, images: Images | None, texts: list[str] | None) -> list[list[ImageInput]]:
+        """The images of each row."""
+        if images is None:
+            return [[] for _ in texts]
+        given = list(images) if isinstance(images, list | tuple) else [images]
+        if any(isinstance(item, list | tuple) for item in given):
+            if not all(isinstance(item, list | tuple) for item in given):
+                raise ValueError("images has images and lists of images: give one or the other.")
+            if texts is not None and len(given) != len(texts):
+                raise ValueError(
+                    f"There are {len(given)} lists of images for {len(texts)} text(s): give one "
+                    "list for each."
+                )
+            return [list(item) for item in given]
+        if texts is None:
+            return [[item] for item in given]
+        counts = [text.count(self.sight.token) for text in texts]
+        if self.sight.inserted and not any(counts):
+            counts = [1] * len(texts)
+        if sum(counts) != len(given):
+            raise ValueError(
+                f"There are {len(given)} image(s), but {len(texts)} text(s) with places for "
+                f"{sum(counts)}: put {self.sight.token!r} where each image belongs."
+            )
+        rest = iter(given)
+        return [[next(rest) for _ in range(count)] for count in counts]
+
+    def _with_placeholders(self, texts: list[str], groups: list[list[ImageInput]]) -> list[str]:
+        token = self.sight.token
+        if self.sight.inserted and not any(token in text for text in texts):
+            rows = zip(texts, groups, strict=True)
+            texts = [token * len(group) + text for text, group in rows]
+        for text, group in zip(texts, groups, strict=True):
+            if text.count(token) != len(group):
+                raise ValueError(
+                    f"A text has {text.count(token)} {token!r} but {len(group)} image(s): "
+                    f"{text[:80]!r}. Put one where each image belongs."
+                )
+        return texts
+
+    def _look(self, image: ImageInput, options: Mapping[str, Any]) -> tuple[Plan, np.ndarray]:
+        """The plan of an image and its pictures [P, H, W, 3]."""
+        rgb = self.sight.images.read(image, **options)
+        plan = self.sight.plan(*rgb.size)
+        pixels = self.sight.images(self.sight.views(rgb), **options)
+        if pixels.shape[:3] != (plan.pictures, *self.sight.size):
+            height, width = self.sight.size
+            raise ProcessorConfigError(
+                f"An image became {len(pixels)} picture(s) of {pixels.shape[1:3]} pixels, not "
+                f"{plan.pictures} of {height} x {width}, for which there are places: leave out "
+                f"{sorted(options)}."
+            )
+        return plan, pixels
+
+    def _laid_out(self, text: str, plans: Sequence[Plan]) -> str:
+        """The text with as many placeholders as visual tokens."""
+        token = self.sight.token
+        first, *others = self.sight.prompt(text).split(token)
+        result = [first]
+        for plan, rest in zip(plans, others, strict=True):
+            result += [p if isinstance(p, str) else token * len(p) for p in plan.pieces]
+            result.append(rest)
+        return "".join(result)
+
+    def _places(self, tokens: np.ndarray, plans: Sequence[Sequence[Plan]]) -> np.ndarray:
+        result = np.full(tokens.shape, TEXT, np.int32)
+        for row, ids, mine in zip(result, tokens, plans, strict=True):
+            places, before = [np.empty(0, np.int32)], 0
+            for plan in mine:
+                arrays = [piece for piece in plan.pieces if not isinstance(piece, str)]
+                places += [np.where(a < 0, a, a + before * self.sight.tokens) for a in arrays]
+                before += plan.pictures
+            here, there = ids == self._token_id, np.concatenate(places)
+            if here.sum() != there.size:
+                raise ValueError(
+                    f"A text has {here.sum()} visual tokens where its images have {there.size}: "
+                    "truncation must not cut images. Shorten the text, or allow more tokens."
+                )
+            row[here] = there
+        return result
+
+    def _stacked(self, rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+        """[B, I, H, W, 3]."""
+        count = max(sum(map(len, row)) for row in rows)
+        result = np.zeros((len(rows), count, *self.sight.size, 3), np.float32)
+        for out, row in zip(result, rows, strict=True):
+            if row:
+                pixels = np.concatenate(row)
+                out[: len(pixels)] = pixels
+        return result
+
+    def _check_ids(self, tokens: np.ndarray) -> None:
+        # What stands at the place of an image is not looked up.
+        super()._check_ids(np.where(tokens == self._token_id, 0, tokens))
+
+
+def _images_of(conversation: Sequence[Mapping[str, Any]]) -> list[ImageInput]:
+    """The images in the contents of messages, in order."""
+    parts = [
+        part
+        for message in conversation
+        if not isinstance(message["content"], str)
+        for part in message["content"]
+        if part["type"] == "image"
+    ]
+    images = [
+        next((part[key] for key in ("image", "path", "url") if key in part), None) for part in parts
+    ]
+    if any(image is None for image in images):
+        raise ValueError(
+            'A conversation has a part {"type": "image"} without an image: give it as "image" (or '
+            'a file as "path"), or all of them by images=.'
+        )
+    return images
+
+
+def class_of(declared: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> str | None:
+    """A name in `PROCESSORS`, or None if a directory's processor is none of those.
+
+    Args:
+      declared: contents of the files that may name a class.
+      config: that of the model.
+    """
+    for content in declared:
+        name = content.get("processor_class")
+        if name is not None:
+            return name if name in PROCESSORS else None
+    return CLASS_OF_MODEL.get(config.get("model_type"))
+
+
+def agreed(name: str, *values: Any) -> Any:
+    """What the files of a directory say of one thing; None is no statement.
+
+    Raises:
+      ProcessorConfigError: if they disagree, or none of them says it.
+    """
+    given = [value for value in values if value is not None]
+    if not given:
+        raise ProcessorConfigError(
+            f"The directory does not say {name}: neither processor_config.json nor config.json."
+        )
+    if any(value != given[0] for value in given):
+        raise ProcessorConfigError(
+            f"{name} is {given[0]!r} in the processor's files and {given[-1]!r} in config.json: "
+            "they do not belong together."
+        )
+    return given[0]
+
+
+def picture_side(images: ImageProcessor, model: PretrainedConfig | None) -> int:
+    """Side of the square pictures that an image processor makes.
+
+    Raises:
+      ProcessorConfigError: if they are no squares of one size, or another than the model's.
+    """
+    options = images.options
+    size = options.crop_size if options.do_center_crop else options.size
+    if not size or set(size) != {"height", "width"} or size["height"] != size["width"]:
+        raise ProcessorConfigError(
+            f"{images.name}: pictures must all be squares of one size; set crop_size, or size, to "
+            "that height and width."
+        )
+    there = None if model is None else model.vision_config.image_size
+    return agreed("the size of pictures", size["height"], there)
+
+
+def _extra_tokens(facts: Facts) -> int:
+    """Visual tokens of a picture beside those of its patches."""
+    key = "vision_feature_select_strategy"
+    strategy = agreed(key, facts.processor.get(key), facts.model and getattr(facts.model, key))
+    taken = strategy == "default"
+    # Old directories do not say that there is a class token to take away.
+    return facts.processor.get("num_additional_image_tokens", int(taken)) - taken
+
+
+def _patches(facts: Facts, side: int) -> int:
+    """Along a side of a picture."""
+    model = facts.model
+    there = None if model is None else model.vision_config.patch_size
+    return side // agreed("patch_size", facts.processor.get("patch_size"), there)
+
+
+def _whole(tokens: int) -> Callable[[int, int], Plan]:
+    plan = Plan(1, (np.arange(tokens, dtype=np.int32),))
+    return lambda width, height: plan
+
+
+def _on_square(mean: Sequence[float]) -> Callable[[Image.Image], list[Image.Image]]:
+    """Puts an image into the middle of a square of a colour, whose channels go from 0 to 1."""
+    color = tuple(int(level * 255) for level in mean)
+
+    def views(image: Image.Image) -> list[Image.Image]:
+        side = max(image.size)
+        square = Image.new("RGB", (side, side), color)
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        return [square]
+
+    return views
+
+
+@PROCESSORS.register("LlavaProcessor")
+def _llava(facts: Facts) -> Sight:
+    options, kind, views = dict(facts.images), facts.kind, Sight.views
+    if kind == "LlavaImageProcessor":  # CLIP's, but that it pads to a square
+        kind, squared = "CLIPImageProcessor", options.pop("do_pad", False)
+        color = options.get("image_mean") or PRESETS["clip"].mean
+        views = _on_square(color) if squared else views
+    images = ImageProcessor(kind, options)
+    side = picture_side(images, facts.model)
+    tokens = _patches(facts, side) ** 2 + _extra_tokens(facts)
+    return Sight(images, (side, side), tokens, _whole(tokens), views)
+
+
+@PROCESSORS.register("LlavaNextProcessor")
+def _llava_next(facts: Facts) -> Sight:
+    options = dict(facts.images)
+    pinpoints = options.pop("image_grid_pinpoints", anyres.PINPOINTS)
+    options.pop("do_pad", None)  # pads numbers of tiles, as is always done here
+    images = ImageProcessor("CLIPImageProcessor", options)
+    side, resample = picture_side(images, facts.model), images.options.resample
+    agreed("image_grid_pinpoints", pinpoints, facts.model and facts.model.image_grid_pinpoints)
+    anyres.check_pinpoints(pinpoints, side)
+    if set(images.options.size.values()) != {side} or _extra_tokens(facts):
+        raise ProcessorConfigError(
+            f"Tiles of {side} pixels need size {side} as well, and no class token among their "
+            "visual tokens."
+        )
+    grid = _patches(facts, side)
+    return Sight(
+        images,
+        (side, side),
+        grid**2,
+        lambda width, height: anyres.lay_out(width, height, pinpoints, side, grid),
+        lambda image: anyres.cut(image, pinpoints, side, resample),
+    )
+
+
+@PROCESSORS.register("PaliGemmaProcessor")
+def _paligemma(facts: Facts) -> Sight:
+    images = ImageProcessor(facts.kind, facts.images)
+    side, model = picture_side(images, facts.model), facts.model
+    there = None if model is None else (side // model.vision_config.patch_size) ** 2
+    tokens = agreed("image_seq_length", facts.images.get("image_seq_length"), there)
+    token, begin = Sight.token, facts.tokenizer.bos_token
+
+    def prompt(text: str) -> str:
+        images_end = text.rfind(token) + len(token) if token in text else 0
+        return text[:images_end] + begin + text[images_end:] + "\n"
+
+    return Sight(
+        images,
+        (side, side),
+        tokens,
+        _whole(tokens),
+        inserted=True,
+        prompt=prompt,
+        special_tokens=False,
+    )
