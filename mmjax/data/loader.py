@@ -19,12 +19,12 @@ from mmjax.data.pipeline import (
     EvalBatches,
     Maker,
     TooManyBadRecordsError,
-    TrainBatches,
     record_order,
     to_batch,
 )
-from mmjax.data.sources import open_source
-from mmjax.data.spec import LoadingSpec, call_strictly, parse, plain
+from mmjax.data.sources import Source, open_source
+from mmjax.data.spec import DataSpec, LoadingSpec, call_strictly, parse, plain
+from mmjax.data.stream import ConversationMaker
 from mmjax.data.tokenizer import Tokenizer
 
 STATE_VERSION = 1
@@ -109,14 +109,16 @@ class _Watch:
 class Loader(Iterator[Batch]):
     """Endless training batches; made by `open_train`.
 
-    The state is the global position, in samples over all processes, after the last *returned*
-    batch. It holds for any number of processes, workers and threads; a broken record is replaced by
-    its next good neighbour and so shifts nothing.
+    The state is the global position, in rows over all processes, after the last *returned* batch.
+    It holds for any number of processes, workers and threads; a broken record is replaced by its
+    next good neighbour and so shifts nothing. (Where conversations are packed, it is left out, the
+    same everywhere; and the state has a mark besides, so that what came before is not planned
+    again.)
     """
 
     def __init__(
         self,
-        maker: Maker,
+        maker: Maker | ConversationMaker,
         weights: list[float],
         loading: LoadingSpec,
         *,
@@ -135,7 +137,9 @@ class Loader(Iterator[Batch]):
         self._weights = weights
         self._order = record_order(self._lengths, weights, seed)
         _ = self._order[0]  # grain sets up its bookkeeping here, before there are threads
+        self._rows = batch_size * process_count
         self._position = 0
+        self._mark = (0, 0)
         self._iterator: grain.DatasetIterator | None = None
         self._watch = _Watch(loading.max_bad_share, self.samples_per_epoch)
 
@@ -151,11 +155,11 @@ class Loader(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         if self._iterator is None:
-            batches = TrainBatches(
-                self._maker,
+            batches = self._maker.batches(
                 self._order,
                 seed=self._seed,
                 start=self._position,
+                mark=self._mark,
                 batch_size=self._batch_size,
                 process_index=self._process_index,
                 process_count=self._process_count,
@@ -163,7 +167,8 @@ class Loader(Iterator[Batch]):
             self._iterator = _start(batches, self._loading)
         batch = to_batch(next(self._iterator), self._maker.spec.text is not None)
         self._watch.see(batch)
-        self._position += self._batch_size * self._process_count
+        self._position += self._rows
+        self._mark = batch.mark or self._mark
         return batch
 
     def get_state(self) -> dict[str, Any]:
@@ -174,6 +179,8 @@ class Loader(Iterator[Batch]):
             "seed": self._seed,
             "lengths": list(self._lengths),
             "weights": list(self._weights),
+            "arrangement": self._maker.arrangement(self._rows),
+            "mark": list(self._mark),
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -186,7 +193,7 @@ class Loader(Iterator[Batch]):
         different = [
             f"{key}: saved {state.get(key)}, now {own[key]}"
             for key in own
-            if key != "position" and state.get(key) != own[key]
+            if key not in ("position", "mark") and state.get(key) != own[key]
         ]
         if different:
             raise ValueError(
@@ -196,12 +203,22 @@ class Loader(Iterator[Batch]):
             )
         self.close()
         self._position = int(state["position"])
+        self._mark = tuple(state.get("mark", (0, 0)))
 
     def close(self) -> None:
         """Ends threads and worker processes; `next` starts them again."""
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
+
+
+def _maker(
+    spec: DataSpec, sources: list[Source], tokenizer: Tokenizer | None
+) -> Maker | ConversationMaker:
+    kind = Maker if spec.conversation is None else ConversationMaker
+    maker = kind(spec, sources, tokenizer)
+    maker.check()
+    return maker
 
 
 def open_train(
@@ -236,8 +253,7 @@ def open_train(
         raise ValueError(f"The seed {seed} must be in [0, 2**32).")
     spec = parse(config["train"])
     opened = [open_source(source) for source in spec.sources]
-    maker = Maker(spec, [source for source, _ in opened], tokenizer)
-    maker.check()
+    maker = _maker(spec, [source for source, _ in opened], tokenizer)
     total = sum(len(source) for source in maker.sources)
     if total < batch_size * process_count:
         raise ValueError(
@@ -258,7 +274,7 @@ def open_train(
 class EvalLoader:
     """One pass over the data, as often as it is iterated; made by `open_eval`."""
 
-    def __init__(self, maker: Maker, loading: LoadingSpec, **sharding: int):
+    def __init__(self, maker: Maker | ConversationMaker, loading: LoadingSpec, **sharding: int):
         self._batches = EvalBatches(maker, **sharding)
         self._loading = loading
         self._maker = maker
@@ -303,7 +319,6 @@ def open_eval(
     if spec.image is not None and spec.image.augment:
         raise ValueError("Evaluation data take no augmentation: set image.augment = [].")
     settings = call_strictly("loading", LoadingSpec, plain(loading) if loading is not None else {})
-    maker = Maker(spec, [open_source(source)[0] for source in spec.sources], tokenizer)
-    maker.check()
+    maker = _maker(spec, [open_source(source)[0] for source in spec.sources], tokenizer)
     sharding = {"process_index": process_index, "process_count": process_count}
     return EvalLoader(maker, settings, batch_size=batch_size, **sharding)

@@ -19,7 +19,8 @@ from mmjax.data.image import (
     normalize_into,
     open_image,
 )
-from mmjax.data.sources import BadRecordError, Source, get_field
+from mmjax.data.records import BadRecordError, get_field
+from mmjax.data.sources import Source
 from mmjax.data.spec import DataSpec
 from mmjax.data.tokenizer import Tokenizer
 
@@ -42,7 +43,12 @@ class Skipped(NamedTuple):
 class Batch:
     """`arrays`: image [B, H, W, 3] float32; text [B, T] int32 and text_mask [B, T] bool; label [B]
     int32, as far as configured. `ids`: names of the records. `valid` [B] bool: False for padding
-    and, in evaluation, for broken records. `texts`: the captions. `truncated`: captions cut to fit.
+    and, in evaluation, for broken records. `texts`: the captions. `truncated`: captions, or
+    conversations, cut to fit.
+
+    Of conversations, `arrays` are those of `mmjax.data.spec.conversation_fields`; where they are
+    packed, `ids` names those of the first row, then those of the next, and so on. `mark`: a place
+    among packed rows, see `mmjax.data.stream`.
     """
 
     arrays: dict[str, np.ndarray]
@@ -51,6 +57,7 @@ class Batch:
     texts: list[str] | None = None
     skipped: list[Skipped] = field(default_factory=list)
     truncated: int = 0
+    mark: tuple[int, int] | None = None
 
 
 def _draw_caption(record: dict, spec: DataSpec, name: str, rng: np.random.Generator | None) -> str:
@@ -68,6 +75,23 @@ def _draw_caption(record: dict, spec: DataSpec, name: str, rng: np.random.Genera
     if not isinstance(value, str) or not value.strip():
         raise BadRecordError(f"the field {chosen!r} holds no caption but {value!r}")
     return value
+
+
+def position_rng(seed: int, position: int) -> np.random.Generator:
+    """Counter-based and keyed by the position: the same numbers wherever this runs."""
+    return np.random.Generator(np.random.Philox(key=[seed, position]))
+
+
+def read_record(source: Source, index: int) -> tuple[dict[str, Any], str]:
+    """A record and its name.
+
+    Raises:
+      BadRecordError: it cannot be read.
+    """
+    try:
+        return source[index], source.id(index)
+    except OSError as error:
+        raise BadRecordError(f"{type(error).__name__}: {error}") from error
 
 
 class Maker:
@@ -108,34 +132,30 @@ class Maker:
 
     def make(
         self,
-        arrays: dict[str, np.ndarray],
+        made: Made,
         row: int,
-        source: Source,
+        k: int,
         index: int,
         rng: np.random.Generator | None,
     ) -> str | None:
-        """Fills one row from one record; returns its caption.
+        """Fills one row from one record, of the k-th source; returns its caption.
 
         Raises:
           BadRecordError, CorruptImageError: this record cannot be used.
         """
-        try:
-            record = source[index]
-        except OSError as error:
-            raise BadRecordError(f"{type(error).__name__}: {error}") from error
-        name = source.id(index)
+        record, name = read_record(self.sources[k], index)
         text = None
         if self.spec.text is not None:
             text = _draw_caption(record, self.spec, name, rng)
         if self.spec.image is not None:
             self._make_image(
-                get_field(record, self.spec.image.field, name), arrays["image"][row], rng
+                get_field(record, self.spec.image.field, name), made.arrays["image"][row], rng
             )
         if self.spec.label is not None:
             label = get_field(record, self.spec.label.field, name)
             if isinstance(label, str) or label != label // 1:
                 raise BadRecordError(f"its label {label!r} is not a whole number")
-            arrays["label"][row] = label
+            made.arrays["label"][row] = label
         return text
 
     def _make_image(self, data: Any, out: np.ndarray, rng: np.random.Generator | None) -> None:
@@ -149,13 +169,29 @@ class Maker:
         preset = PRESETS[spec.preset]
         normalize_into(fit(image, preset, spec.size), preset, out)
 
-    def finish(self, arrays: dict[str, np.ndarray], texts: list[str]) -> int:
-        """Tokenizes the captions into `arrays`; returns how many were cut."""
+    def blank(self, arrays: dict[str, np.ndarray], row: int) -> None:
+        """A row that has no record."""
+        for array in arrays.values():
+            array[row] = 0
+
+    def finish(self, made: Made) -> None:
+        """Tokenizes the captions, and counts how many were cut."""
         if self.spec.text is None:
-            return 0
-        encoded = self.tokenizer.encode(texts, self.spec.text.max_len)
-        arrays["text"], arrays["text_mask"] = encoded.ids, encoded.mask
-        return encoded.truncated
+            return
+        encoded = self.tokenizer.encode(made.texts, self.spec.text.max_len)
+        made.arrays["text"], made.arrays["text_mask"] = encoded.ids, encoded.mask
+        made.truncated = encoded.truncated
+
+    def batches(
+        self, order: grain.MapDataset, *, mark: tuple[int, int], **sharding: int
+    ) -> TrainBatches:
+        """Training batches, from the order of records. (Rows are records: no mark is needed.)"""
+        del mark
+        return TrainBatches(self, order, **sharding)
+
+    def arrangement(self, batch_size: int) -> list[int] | None:
+        """Numbers on which the place of a record among the rows depends: none but its position."""
+        del batch_size
 
 
 def record_order(lengths: Sequence[int], weights: Sequence[float], seed: int) -> grain.MapDataset:
@@ -197,24 +233,23 @@ class TrainBatches:
     def __len__(self) -> int:
         return (sys.maxsize - self._first) // self._stride
 
-    def __getitem__(self, n: int) -> _Made:
+    def __getitem__(self, n: int) -> Made:
         first = self._first + n * self._stride
         arrays = self._maker.empty(self._batch_size)
-        made = _Made(arrays)
+        made = Made(arrays)
         for row in range(self._batch_size):
             self._fill(made, row, first + row)
-        made.truncated = self._maker.finish(arrays, made.texts)
+        self._maker.finish(made)
         return made.as_element()
 
-    def _fill(self, made: _Made, row: int, position: int) -> None:
+    def _fill(self, made: Made, row: int, position: int) -> None:
         k, index = self._order[position]
         source = self._maker.sources[k]
         for step in range(min(MAX_NEIGHBOURS, len(source))):
             neighbour = (index + step) % len(source)
-            # Counter-based and keyed by the position: the same numbers wherever this runs.
-            rng = np.random.Generator(np.random.Philox(key=[self._seed, position]))
             try:
-                text = self._maker.make(made.arrays, row, source, neighbour, rng)
+                rng = position_rng(self._seed, position)
+                text = self._maker.make(made, row, k, neighbour, rng)
             except (BadRecordError, CorruptImageError) as error:
                 made.skipped.append(Skipped(source.id(neighbour), str(error)))
                 continue
@@ -249,15 +284,15 @@ class EvalBatches:
     def __getitem__(self, n: int) -> dict[str, Any]:
         first = n * self._stride + self._process_index * self._batch_size
         arrays = self._maker.empty(self._batch_size)
-        made = _Made(arrays, valid=np.zeros(self._batch_size, bool))
+        made = Made(arrays, valid=np.zeros(self._batch_size, bool))
         for row in range(self._batch_size):
             name, text = self._fill(made, row, first + row)
             made.ids.append(name)
             made.texts.append(text)
-        made.truncated = self._maker.finish(arrays, made.texts)
+        self._maker.finish(made)
         return made.as_element()
 
-    def _fill(self, made: _Made, row: int, position: int) -> tuple[str, str]:
+    def _fill(self, made: Made, row: int, position: int) -> tuple[str, str]:
         name, text = "padding", ""
         if position < self._ends[-1]:
             k = int(np.searchsorted(self._ends, position, side="right"))
@@ -265,13 +300,12 @@ class EvalBatches:
             index = position - (int(self._ends[k - 1]) if k else 0)
             name = source.id(index)
             try:
-                text = self._maker.make(made.arrays, row, source, index, None) or ""
+                text = self._maker.make(made, row, k, index, None) or ""
                 made.valid[row] = True
             except (BadRecordError, CorruptImageError) as error:
                 made.skipped.append(Skipped(name, str(error)))
         if not made.valid[row]:
-            for array in made.arrays.values():
-                array[row] = 0
+            self._maker.blank(made.arrays, row)
         return name, text
 
 
@@ -279,12 +313,13 @@ class _Notes:
     """Everything but the arrays; a class of its own, so that grain moves it between processes as
     one."""
 
-    def __init__(self, ids, texts, skipped, truncated):
-        self.ids, self.texts, self.skipped, self.truncated = ids, texts, skipped, truncated
+    def __init__(self, made: Made):
+        self.ids, self.texts, self.skipped = made.ids, made.texts, made.skipped
+        self.truncated, self.mark = made.truncated, made.mark
 
 
 @dataclass
-class _Made:
+class Made:
     """A batch in the making."""
 
     arrays: dict[str, np.ndarray]
@@ -293,12 +328,13 @@ class _Made:
     texts: list[str] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     truncated: int = 0
+    mark: tuple[int, int] | None = None
 
     def as_element(self) -> dict[str, Any]:
         """What grain carries: arrays (through shared memory) and one opaque object."""
-        valid = self.valid if self.valid is not None else np.ones(len(self.ids), bool)
-        notes = _Notes(self.ids, self.texts, self.skipped, self.truncated)
-        return {"arrays": self.arrays, "valid": valid, "notes": notes}
+        rows = len(next(iter(self.arrays.values())))
+        valid = self.valid if self.valid is not None else np.ones(rows, bool)
+        return {"arrays": self.arrays, "valid": valid, "notes": _Notes(self)}
 
 
 def to_batch(element: dict[str, Any], has_text: bool) -> Batch:
@@ -311,4 +347,5 @@ def to_batch(element: dict[str, Any], has_text: bool) -> Batch:
         texts=notes.texts if has_text else None,
         skipped=notes.skipped,
         truncated=notes.truncated,
+        mark=notes.mark,
     )

@@ -14,18 +14,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from mmjax.config import split_name
+from mmjax.data.records import BadRecordError, DataNotFoundError, get_field  # noqa: F401
 from mmjax.data.spec import call_strictly
 from mmjax.registry import Registry, UnknownNameError, nearest
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
-
-
-class DataNotFoundError(ValueError):
-    """The named data set, file or directory is not there, or has nothing in it."""
-
-
-class BadRecordError(ValueError):
-    """A record that cannot be used: a missing file, no image in its bytes, no caption."""
 
 
 class Source(Protocol):
@@ -54,21 +47,6 @@ def open_source(config: Mapping[str, Any]) -> tuple[Source, float]:
     if len(source) == 0:
         raise DataNotFoundError(f"The data source {name!r} with {arguments} is empty.")
     return source, weight
-
-
-def get_field(record: Mapping[str, Any], field: str, record_id: str) -> Any:
-    """record[field], where "captions.text" is record["captions"]["text"].
-
-    Raises:
-      UnknownNameError: no such field; names the nearest.
-    """
-    value: Any = record
-    for part in [field] if field in record else field.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            known = value if isinstance(value, Mapping) else ()
-            raise UnknownNameError(f"{record_id} has no field {field!r}; {nearest(part, known)}")
-        value = value[part]
-    return value
 
 
 def existing(path: str | os.PathLike, what: str) -> Path:

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mmjax.config import split_name
 from mmjax.data.augment import AUGMENTATIONS, Augmentation
+from mmjax.data.conversations import FORMS, Form
 from mmjax.data.image import PRESETS
-from mmjax.registry import UnknownNameError, nearest
+from mmjax.data.visual import LAYOUTS, Layout
+from mmjax.registry import Registry, UnknownNameError, nearest
 
 
 def plain(config: Any) -> Any:
@@ -48,11 +50,20 @@ def call_strictly(what: str, function: Callable[..., Any], arguments: Mapping[st
     return function(**arguments)
 
 
+def _make(what: str, registry: Registry[Any], config: Mapping[str, Any]) -> Any:
+    name, arguments = split_name(config, what)
+    arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
+    return call_strictly(f"{registry.kind} {name!r}", registry[name], arguments)
+
+
 def make_augmentation(config: Mapping[str, Any]) -> Augmentation:
     """`dict(name="random_erasing", share=0.1)` -> the augmentation."""
-    name, arguments = split_name(config, "An augmentation")
-    arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
-    return call_strictly(f"augmentation {name!r}", AUGMENTATIONS[name], arguments)
+    return _make("An augmentation", AUGMENTATIONS, config)
+
+
+def make_form(config: str | Mapping[str, Any]) -> Form:
+    """`"llava"`, or `dict(name="questions", turns=4)` -> the form."""
+    return _make("A form", FORMS, {"name": config} if isinstance(config, str) else config)
 
 
 @dataclass(frozen=True)
@@ -97,20 +108,93 @@ class LabelSpec:
     field: str = "label"
 
 
+TOO_LONG = ("skip", "cut")
+
+
+@dataclass(frozen=True)
+class ConversationSpec:
+    """How conversations become rows of tokens and pictures.
+
+    Attributes:
+      template: a name in `mmjax.data.chat.TEMPLATES`.
+      max_len: tokens of a row, visual ones included.
+      images: pictures of a row: what an image becomes is said by `layout`, and a conversation with
+        more pictures is skipped.
+      layout: one of `mmjax.data.visual.LAYOUTS`; None: text only.
+      system: what the system says where a conversation does not; None: the template's default.
+      pack: several conversations in a row; training only.
+      window: records that are packed, or grouped, together.
+      max_targets: supervised tokens of a row; a conversation with more is skipped.
+      lengths: without packing, the lengths that rows may have, the last one `max_len`: training
+        batches are of conversations of similar length.
+      too_long: a conversation longer than `max_len` is "skip"ped and counted, or "cut" where one
+        of its later turns begins.
+      prefix: whether batches say what is prompt, for attention "prefix" of `VLMConfig`.
+      image_token: what stands where visual tokens go: `VLMConfig.image_token`.
+    """
+
+    template: str
+    max_len: int
+    images: int = 0
+    layout: Layout | None = None
+    system: str | None = None
+    pack: bool = False
+    window: int = 512
+    max_targets: int | None = None
+    lengths: tuple[int, ...] = ()
+    too_long: str = "skip"
+    prefix: bool = False
+    image_token: int = 0
+
+    def __post_init__(self):
+        if self.max_len < 2 or self.window < 1:
+            raise ValueError("conversation max_len must be at least 2, and window at least 1.")
+        if (self.images > 0) != (self.layout is not None):
+            raise ValueError(
+                "conversation images (pictures of a row) and layout (what an image becomes) go "
+                "together: give both, or neither for text only."
+            )
+        if self.max_targets is not None and self.max_targets < 1:
+            raise ValueError("conversation max_targets must be at least 1, or None.")
+        if self.too_long not in TOO_LONG:
+            raise UnknownNameError(
+                f"conversation too_long={self.too_long!r}; {nearest(self.too_long, TOO_LONG)}"
+            )
+        if self.lengths and (self.pack or list(self.lengths) != sorted(set(self.lengths))):
+            raise ValueError("conversation lengths must rise, and have no meaning with pack=True.")
+        if self.lengths and self.lengths[-1] != self.max_len:
+            raise ValueError(
+                f"The last of conversation lengths={self.lengths} must be max_len={self.max_len}."
+            )
+
+
 @dataclass(frozen=True)
 class DataSpec:
-    """One stream: its sources (mappings with name and weight) and what is made of each record."""
+    """One stream: its sources (mappings with name and weight) and what is made of each record.
+
+    With `conversation` each source has a form, which makes a conversation of its records.
+    """
 
     sources: tuple[dict[str, Any], ...]
     image: ImageSpec | None = None
     text: TextSpec | None = None
     label: LabelSpec | None = None
+    conversation: ConversationSpec | None = None
+    forms: tuple[Form, ...] = ()
 
     def __post_init__(self):
         if not self.sources:
             raise ValueError("data sources is empty: name at least one source.")
-        if self.image is None and self.text is None:
-            raise ValueError("A data stream needs `image` or `text`: it has neither.")
+        others = [self.image, self.text, self.label]
+        if self.conversation is None and self.image is None and self.text is None:
+            raise ValueError(
+                "A data stream needs `image`, `text` or `conversation`: it has none of them."
+            )
+        if self.conversation is not None and any(part is not None for part in others):
+            raise ValueError(
+                "A data stream with `conversation` takes no `image`, `text` or `label`: what is "
+                "made of images is said by its layout."
+            )
 
 
 def parse(config: Any) -> DataSpec:
@@ -127,7 +211,66 @@ def parse(config: Any) -> DataSpec:
         parsed["text"] = call_strictly("data text", TextSpec, config["text"])
     if config.get("label") is not None:
         parsed["label"] = call_strictly("data label", LabelSpec, config["label"])
+    if config.get("conversation") is not None:
+        parsed |= _parse_conversation(config["conversation"], parsed["sources"])
     return call_strictly("A data stream", DataSpec, parsed)
+
+
+def _parse_conversation(config: Mapping[str, Any], sources: Sequence[Any]) -> dict[str, Any]:
+    conversation = dict(config)
+    if config.get("layout") is not None:
+        conversation["layout"] = _make("A layout", LAYOUTS, config["layout"])
+    conversation["lengths"] = tuple(config.get("lengths") or ())
+    for source in sources:
+        if "form" not in source:
+            raise ValueError(
+                f"The data source {dict(source)} needs a form, for this is a stream of "
+                f"conversations: one of {', '.join(FORMS.names())}."
+            )
+    return {
+        "conversation": call_strictly("data conversation", ConversationSpec, conversation),
+        "forms": tuple(make_form(source["form"]) for source in sources),
+        "sources": tuple({k: v for k, v in source.items() if k != "form"} for source in sources),
+    }
+
+
+# Of an array: its shape, its dtype.
+Field = tuple[tuple[int, ...], str]
+
+
+def batch_fields(config: Any, batch_size: int) -> dict[str, Field]:
+    """Shape and dtype of each array in a batch of a data stream, a mapping such as
+    `config.data.train`; of those of several lengths, the longest."""
+    spec = parse(config)
+    fields: dict[str, Field] = {}
+    if spec.image is not None:
+        side = spec.image.size
+        fields["image"] = ((batch_size, side, side, 3), "float32")
+    if spec.text is not None:
+        fields["text"] = ((batch_size, spec.text.max_len), "int32")
+        fields["text_mask"] = ((batch_size, spec.text.max_len), "bool")
+    if spec.label is not None:
+        fields["label"] = ((batch_size,), "int32")
+    if spec.conversation is not None:
+        fields |= conversation_fields(spec.conversation, batch_size, spec.conversation.max_len)
+    return fields
+
+
+def conversation_fields(spec: ConversationSpec, batch_size: int, length: int) -> dict[str, Field]:
+    """The arrays of a batch of conversations; `length` in tokens."""
+    shape = (batch_size, length)
+    fields: dict[str, Field] = {
+        "tokens": (shape, "int32"),
+        "weights": (shape, "float32"),
+        "place": (shape, "int32"),
+        "segments": (shape, "int32"),
+    }
+    if spec.prefix:
+        fields["prefix"] = (shape, "bool")
+    if spec.layout is not None:
+        side = spec.layout.size
+        fields["images"] = ((batch_size, spec.images, side, side, 3), "float32")
+    return fields
 
 
 @dataclass(frozen=True)

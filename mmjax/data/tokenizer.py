@@ -46,6 +46,10 @@ class TrainedTokenizer:
             backend.token_to_id(token) for token in _SPECIAL
         )
 
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        return self._backend
+
     def encode(self, texts: Sequence[str], max_len: int) -> Encoded:
         ids = np.full((len(texts), max_len), self.pad_id, np.int32)
         mask = np.zeros((len(texts), max_len), bool)
@@ -125,7 +129,10 @@ class HFTokenizer:
     def __init__(
         self, directory: str, attend_padding: bool | None = None, lower_case: bool = False
     ):
-        self._backend = open_hf_tokenizer(directory)
+        self._set(open_hf_tokenizer(directory), attend_padding, lower_case)
+
+    def _set(self, backend: Any, attend_padding: bool | None, lower_case: bool) -> None:
+        self._backend = backend
         says_masked = "attention_mask" in self._backend.model_input_names
         self._masked = says_masked if attend_padding is None else not attend_padding
         self._lower_case = lower_case
@@ -135,6 +142,20 @@ class HFTokenizer:
         self.unknown_id: int | None = self._backend.unk_token_id
         self.bos_id: int | None = self._backend.bos_token_id
         self.eos_id: int | None = self._backend.eos_token_id
+
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """What does the work.
+
+        Raises:
+          ValueError: it is not of the `tokenizers` library.
+        """
+        if not self._backend.is_fast:
+            raise ValueError(
+                f"Conversations need a tokenizer of the tokenizers library, with a tokenizer.json; "
+                f"this is a {type(self._backend).__name__}."
+            )
+        return self._backend.backend_tokenizer
 
     def encode(self, texts: Sequence[str], max_len: int) -> Encoded:
         texts = [text.lower() for text in texts] if self._lower_case else list(texts)
@@ -159,7 +180,27 @@ class HFTokenizer:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True).strip()
 
 
+class GGUFTokenizer(HFTokenizer):
+    """The tokenizer that a GGUF file brings for its model.
+
+    Args:
+      path: the file.
+    """
+
+    def __init__(self, path: str):
+        # Data knows nothing of models; this file of one is read where the formats of models are.
+        from mmjax.convert.gguf_tokenizer import read_tokenizer
+
+        backend = read_tokenizer(existing(path, "The GGUF file"))
+        if backend.pad_token_id is None:
+            backend.pad_token = backend.eos_token
+        self._set(backend, None, False)
+
+
 Tokenizer = TrainedTokenizer | HFTokenizer
+
+# Those that are read, not trained.
+READERS: dict[str, type[HFTokenizer]] = {"hf": HFTokenizer, "gguf": GGUFTokenizer}
 
 # name -> (normalised texts, vocabulary size) -> a tokenizer without normaliser and special tokens.
 TRAINERS: Registry[Callable[[list[str], int], tokenizers.Tokenizer]] = Registry("tokenizer")
@@ -262,7 +303,8 @@ def _captions(spec: DataSpec, limit: int) -> Iterator[str]:
 def build_tokenizer(data_config: Any, workdir: str | os.PathLike) -> Tokenizer | None:
     """The tokenizer of `config.data`, trained once and then kept in `workdir/tokenizer`.
 
-    `data.tokenizer` is None (no text), `dict(name="hf", directory=...)`, or
+    `data.tokenizer` is None (no text), `dict(name="hf", directory=...)`,
+    `dict(name="gguf", path=...)`, or
     `dict(name="bpe" | "wordpiece" | "wordlevel", vocab_size=..., captions=200_000)`, trained on at
     most about `captions` captions of `data.train`, evenly spread. Safe to call from several
     processes.
@@ -274,8 +316,8 @@ def build_tokenizer(data_config: Any, workdir: str | os.PathLike) -> Tokenizer |
     if data.get("tokenizer") is None:
         return None
     name, arguments = split_name(data["tokenizer"], "data.tokenizer")
-    if name == "hf":
-        return call_strictly("tokenizer 'hf'", HFTokenizer, arguments)
+    if name in READERS:
+        return call_strictly(f"tokenizer {name!r}", READERS[name], arguments)
     TRAINERS[name]  # an unknown name is said before anything is read
 
     def train(vocab_size: int, captions: int = 200_000) -> TrainedTokenizer:

@@ -1,0 +1,460 @@
+"""Conversations about images, and the forms in which data sets have them.
+
+A form makes a `Conversation` of a record. Each source of a data stream names its own, beside its
+weight: `dict(name="json", path=..., form="llava", weight=2.0)`, or with options
+`form=dict(name="questions", turns=4)`.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image
+
+from mmjax.data.image import CorruptImageError, open_image
+from mmjax.data.records import BadRecordError, get_field
+from mmjax.registry import Registry
+
+# Where an image stands in the text of LLaVA's files, and of `messages` whose content is a string.
+MARKER = "<image>"
+ROLES = ("system", "user", "assistant")
+# How much of a file is read first to learn the size of its image.
+_HEADER = 1 << 16
+_ORIENTATION, _LYING = 0x0112, (5, 6, 7, 8)
+
+
+class Turn(NamedTuple):
+    """`parts` are texts and, as numbers, images of the conversation, in their order."""
+
+    role: str
+    parts: tuple[str | int, ...]
+
+    @property
+    def text(self) -> str:
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+
+class Conversation(NamedTuple):
+    """`images`: encoded bytes, pixels, or paths of files."""
+
+    turns: tuple[Turn, ...]
+    images: tuple[Any, ...] = ()
+
+    def check(self) -> Conversation:
+        """Itself.
+
+        Raises:
+          BadRecordError: turns out of order or empty, nothing to supervise, or images and the
+            places for them that disagree.
+        """
+        roles = [turn.role for turn in self.turns]
+        spoken = roles[1:] if roles[:1] == ["system"] else roles
+        if "assistant" not in spoken:
+            raise BadRecordError("nothing to supervise: there is no turn of the assistant")
+        # A document is an answer to nobody.
+        expected = ["assistant"] if len(spoken) == 1 else ["user", "assistant"] * (len(spoken) // 2)
+        if spoken != expected:
+            raise BadRecordError(
+                f"turns out of order: {', '.join(roles)}; user and assistant must alternate, from "
+                "the user's first turn to the assistant's last"
+            )
+        for number, turn in enumerate(self.turns):
+            if not turn.text.strip() and (turn.role == "assistant" or len(turn.parts) == 0):
+                raise BadRecordError(f"turn {number} ({turn.role}) is empty")
+        places = [part for turn in self.turns for part in turn.parts if isinstance(part, int)]
+        if places != list(range(len(self.images))):
+            raise BadRecordError(
+                f"its text has places for {len(places)} images, but there are {len(self.images)}"
+            )
+        return self
+
+
+class Asked(NamedTuple):
+    """A question of a record, for evaluation; see `mmjax.data.questions.Question`."""
+
+    key: str
+    group: str
+    text: str
+    answers: tuple[str, ...]
+    choices: tuple[str, ...] | None
+    image: Any | None
+    question: Turn
+
+    def conversation(self, answer: str) -> Conversation:
+        images = () if self.image is None else (self.image,)
+        return Conversation((self.question, Turn("assistant", (answer,))), images).check()
+
+
+class Form(Protocol):
+    """See the module's docstring."""
+
+    def __call__(
+        self, record: Mapping[str, Any], name: str, rng: np.random.Generator | None
+    ) -> Conversation:
+        """The conversation of the record called `name`; `rng` None: always the same one.
+
+        Raises:
+          BadRecordError: the record cannot be used.
+          UnknownNameError: it lacks a field; names the nearest.
+        """
+
+
+class Questioning(Form, Protocol):
+    """A form that evaluation can use."""
+
+    def questions(self, record: Mapping[str, Any], name: str) -> Iterator[Asked]: ...
+
+
+FORMS: Registry[type[Form]] = Registry("form of conversations")
+
+
+def upright_size(image: Any) -> tuple[int, int]:
+    """(width, height), without decoding the pixels; of a file only its beginning is read.
+
+    Raises:
+      BadRecordError, CorruptImageError: no such file, or no image in it.
+    """
+    if not isinstance(image, Path):
+        return _size_of(open_image(image))
+    with _reading(image), open(image, "rb") as file:
+        beginning = file.read(_HEADER)
+        try:
+            return _size_of(open_image(beginning))
+        except CorruptImageError:  # long metadata, or a format that needs all of it
+            return _size_of(open_image(beginning + file.read()))
+
+
+def read_image(image: Any) -> Any:
+    """What `mmjax.data.image.decode` takes.
+
+    Raises:
+      BadRecordError: no such file.
+    """
+    if not isinstance(image, Path):
+        return image
+    with _reading(image):
+        return image.read_bytes()
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """A file that cannot be read is a bad record."""
+    try:
+        yield
+    except OSError as error:
+        raise BadRecordError(f"the image {path} cannot be read: {error.strerror}") from error
+
+
+def _size_of(image: Image.Image) -> tuple[int, int]:
+    try:
+        lying = image.getexif().get(_ORIENTATION) in _LYING
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError):
+        lying = False  # damaged metadata around sound pixels
+    return (image.height, image.width) if lying else image.size
+
+
+# --- parts of forms
+
+
+def _images(value: Any) -> tuple[Any, ...]:
+    """One image, several, or none."""
+    if value is None:
+        return ()
+    several = isinstance(value, (list, tuple)) or (
+        isinstance(value, np.ndarray) and (value.dtype == object or value.ndim > 3)
+    )
+    return tuple(value) if several else (value,)
+
+
+def _rows(value: Any) -> list[dict[str, Any]]:
+    """TFDS gives a sequence of groups as a group of sequences."""
+    if isinstance(value, Mapping):
+        return [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
+    return list(value)
+
+
+def _pick(values: Sequence[Any], rng: np.random.Generator | None) -> Any:
+    return values[0 if rng is None else int(rng.integers(len(values)))]
+
+
+def _text(value: Any, field: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise BadRecordError(f"the field {field!r} holds no text but {value!r}")
+    return value
+
+
+def _texts(value: Any, field: str) -> list[str]:
+    """One text or several, at least one."""
+    values = [value] if isinstance(value, str) else list(value) if value is not None else []
+    if not values:
+        raise BadRecordError(f"the field {field!r} holds no text")
+    return [_text(item, field) for item in values]
+
+
+def _marked(text: str, first: int) -> tuple[str | int, ...]:
+    """A text with markers -> its parts; images are numbered from `first`."""
+    parts: list[str | int] = []
+    for number, piece in enumerate(text.split(MARKER)):
+        if number:
+            parts.append(first + number - 1)
+        if piece:
+            parts.append(piece)
+    return tuple(parts)
+
+
+def _about_image(text: str) -> Turn:
+    """The image, then the question, as LLaVA has them."""
+    return Turn("user", (0, f"\n{text}"))
+
+
+def _single(images: tuple[Any, ...]) -> Any:
+    if len(images) != 1:
+        raise BadRecordError(f"it has {len(images)} images; this form takes one")
+    return images[0]
+
+
+# --- forms
+
+
+@FORMS.register("questions")
+@dataclass(frozen=True)
+class Questions:
+    """Images with several questions each: `questions` is a list of groups with `question`,
+    `answer` and, for evaluation, `group` and `choices`.
+
+    Args:
+      turns: training draws up to so many questions of an image, as turns of one conversation.
+      caption: the share of conversations that are about the caption instead.
+      prompts: requests for the caption, of which training draws one.
+      suffix: added to each question, such as "\\nAnswer with a single word or phrase."
+    """
+
+    turns: int = 1
+    caption: float = 0.0
+    prompts: tuple[str, ...] = ("Describe the image.",)
+    suffix: str = ""
+    image_field: str = "image"
+    questions_field: str = "questions"
+    caption_field: str = "caption"
+
+    def __post_init__(self):
+        if self.turns < 1:
+            raise ValueError(f"turns={self.turns} asks nothing: give 1 or more.")
+        if not 0 <= self.caption <= 1:
+            raise ValueError(f"caption={self.caption} is a share: it must be in [0, 1].")
+
+    def __call__(self, record, name, rng):
+        image = _single(_images(get_field(record, self.image_field, name)))
+        if rng is not None and self.caption and rng.random() < self.caption:
+            texts = _texts(get_field(record, self.caption_field, name), self.caption_field)
+            question, answer = _pick(self.prompts, rng), _pick(texts, rng)
+            turns = (_about_image(question), Turn("assistant", (answer,)))
+            return Conversation(turns, (image,)).check()
+        rows = _rows(get_field(record, self.questions_field, name))
+        if not rows:
+            raise BadRecordError(f"nothing to supervise: {self.questions_field!r} is empty")
+        chosen = range(len(rows)) if rng is None else rng.permutation(len(rows))
+        turns = []
+        for index in chosen[: self.turns]:
+            text = _text(rows[index]["question"], "question") + self.suffix
+            turns.append(Turn("user", (text,)) if turns else _about_image(text))
+            turns.append(Turn("assistant", (_text(rows[index]["answer"], "answer"),)))
+        return Conversation(tuple(turns), (image,)).check()
+
+    def questions(self, record, name):
+        image = _single(_images(get_field(record, self.image_field, name)))
+        for number, row in enumerate(_rows(get_field(record, self.questions_field, name))):
+            text = _text(row["question"], "question")
+            # Empty strings fill lists that a data set stores at one length.
+            choices = tuple(choice for choice in row.get("choices", ()) if choice)
+            yield Asked(
+                key=str(number),
+                group=row.get("group", ""),
+                text=text,
+                answers=(_text(row["answer"], "answer"),),
+                choices=choices or None,
+                image=image,
+                question=_about_image(text + self.suffix),
+            )
+
+
+@FORMS.register("caption")
+@dataclass(frozen=True)
+class Caption:
+    """An image and its caption: a text, or several of which training draws one.
+
+    Args:
+      prompts: what the user says, of which training draws one.
+    """
+
+    prompts: tuple[str, ...] = ("Describe the image.",)
+    image_field: str = "image"
+    text_field: str = "text"
+
+    def __call__(self, record, name, rng):
+        image = _single(_images(get_field(record, self.image_field, name)))
+        texts = _texts(get_field(record, self.text_field, name), self.text_field)
+        turns = (
+            _about_image(_pick(self.prompts, rng)),
+            Turn("assistant", (_pick(texts, rng),)),
+        )
+        return Conversation(turns, (image,)).check()
+
+    def questions(self, record, name):
+        yield Asked(
+            key="caption",
+            group="caption",
+            text=self.prompts[0],
+            answers=tuple(_texts(get_field(record, self.text_field, name), self.text_field)),
+            choices=None,
+            image=_single(_images(get_field(record, self.image_field, name))),
+            question=_about_image(self.prompts[0]),
+        )
+
+
+@FORMS.register("vqa")
+@dataclass(frozen=True)
+class VQA:
+    """A question about an image and its answer, or the answers of several people (VQAv2): the most
+    frequent one is learnt, all of them count in evaluation.
+
+    Args:
+      suffix: added to the question, such as "\\nAnswer with a single word or phrase."
+    """
+
+    suffix: str = ""
+    image_field: str = "image"
+    question_field: str = "question"
+    answer_field: str = "answer"
+    choices_field: str | None = None
+    group_field: str | None = None
+
+    def _answers(self, record: Mapping[str, Any], name: str) -> list[str]:
+        value = get_field(record, self.answer_field, name)
+        if isinstance(value, Mapping) or (
+            isinstance(value, (list, tuple)) and value and isinstance(value[0], Mapping)
+        ):
+            value = [row["answer"] for row in _rows(value)]
+        answers = _texts(value, self.answer_field)
+        # Of those equally frequent the first.
+        best = collections.Counter(answers).most_common(1)[0][0]
+        return [best, *(answers[: answers.index(best)] + answers[answers.index(best) + 1 :])]
+
+    def __call__(self, record, name, rng):
+        asked = next(self.questions(record, name))
+        return asked.conversation(asked.answers[0])
+
+    def questions(self, record, name):
+        images = _images(get_field(record, self.image_field, name))
+        text = _text(get_field(record, self.question_field, name), self.question_field)
+        choices = group = None
+        if self.choices_field is not None:
+            choices = tuple(get_field(record, self.choices_field, name)) or None
+        if self.group_field is not None:
+            group = str(get_field(record, self.group_field, name))
+        yield Asked(
+            key="",
+            group=group or "",
+            text=text,
+            answers=tuple(self._answers(record, name)),
+            choices=choices,
+            image=_single(images),
+            question=_about_image(text + self.suffix),
+        )
+
+
+_SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+
+
+@FORMS.register("llava")
+@dataclass(frozen=True)
+class Llava:
+    """LLaVA's files: `conversations` is a list of {"from": "human" | "gpt" | "system", "value"},
+    with a marker "<image>" for each image; `image` is one, a list, or missing."""
+
+    image_field: str = "image"
+    conversations_field: str = "conversations"
+
+    def __call__(self, record, name, rng):
+        turns: list[Turn] = []
+        found = 0
+        for row in _rows(get_field(record, self.conversations_field, name)):
+            speaker, value = row.get("from"), row.get("value")
+            if speaker not in _SPEAKERS:
+                raise BadRecordError(f"a turn is from {speaker!r}, not human or gpt")
+            if not isinstance(value, str):
+                raise BadRecordError(f"a turn of {speaker!r} holds no text but {value!r}")
+            turns.append(Turn(_SPEAKERS[speaker], _marked(value, found)))
+            found += value.count(MARKER)
+        return Conversation(tuple(turns), _images(record.get(self.image_field))).check()
+
+
+@FORMS.register("messages")
+@dataclass(frozen=True)
+class Messages:
+    """Messages as of OpenAI and Hugging Face: {"role", "content"}, where content is a text (with a
+    marker "<image>" for each image) or a list of {"type": "text", "text"} and {"type": "image"}.
+
+    Images are those of `images`, in order, or stand in the content itself under "image".
+    """
+
+    messages_field: str = "messages"
+    images_field: str = "images"
+
+    def __call__(self, record, name, rng):
+        images: list[Any] = []
+        beside = list(_images(record.get(self.images_field)))
+        turns: list[Turn] = []
+        found = 0
+        for message in _rows(get_field(record, self.messages_field, name)):
+            role, content = message.get("role"), message.get("content")
+            if role not in ROLES:
+                raise BadRecordError(f"a message has the role {role!r}, not {', '.join(ROLES)}")
+            if isinstance(content, str):
+                parts = _marked(content, found)
+            else:
+                parts = tuple(self._parts(content or (), found, images))
+            found += sum(isinstance(part, int) for part in parts)
+            turns.append(Turn(role, parts))
+        if images and beside:
+            raise BadRecordError(f"it has images both in its messages and in {self.images_field!r}")
+        return Conversation(tuple(turns), tuple(images or beside)).check()
+
+    @staticmethod
+    def _parts(content: Any, found: int, images: list[Any]) -> Iterator[str | int]:
+        """The parts of one message; what images it holds are added to `images`."""
+        for item in _rows(content):
+            kind = item.get("type")
+            if kind == "image":
+                if item.get("image") is not None:
+                    images.append(item["image"])
+                yield found
+                found += 1
+            elif kind == "text" and isinstance(item.get("text"), str):
+                yield item["text"]
+            else:
+                raise BadRecordError(f"a message holds content of the type {kind!r}: {item!r}")
+
+
+@FORMS.register("text")
+@dataclass(frozen=True)
+class Text:
+    """A text without images, all of it supervised: a document, which answers nobody."""
+
+    text_field: str = "text"
+
+    def __call__(self, record, name, rng):
+        text = _pick(_texts(get_field(record, self.text_field, name), self.text_field), rng)
+        return Conversation((Turn("assistant", (text,)),)).check()
