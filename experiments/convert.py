@@ -21,8 +21,9 @@ import mmjax
 from experiments import common
 from mmjax.config import ConfigError
 from mmjax.data.sources import existing
+from mmjax.train.handover import is_run
+from mmjax.train.runs import MODEL, read_run
 
-MODEL = "model.json"
 TOKENIZER = "tokenizer"  # in a work directory
 
 
@@ -41,12 +42,12 @@ def main(argv: Sequence[str] | None) -> int:
     if args.target is None and not args.verify:
         raise ConfigError("Give --target, or --verify to compare only.")
     source = Path(args.source)
-    run = is_orbax(source)
+    run = is_run(source)
     to = args.to or ("orbax" if source.is_dir() and not run else "hf")
     target = None if args.target is None else Path(args.target)
     if target is not None:
         _check_target(source, target, overwrite=args.overwrite)
-    model = read_orbax(source) if run else mmjax.from_pretrained(source)
+    model = read_run(source) if run else mmjax.from_pretrained(source)
     if target is not None:
         with _companions(source, args.like) as companions:
             if to == "orbax":
@@ -57,43 +58,6 @@ def main(argv: Sequence[str] | None) -> int:
     if args.verify:
         return _verify(model, source, target, to)
     return 0
-
-
-def is_orbax(directory: Path) -> bool:
-    """Whether it is a run's work directory, or what `write_orbax` wrote."""
-    return (directory / "checkpoints").is_dir()
-
-
-def read_orbax(directory: Path):
-    """The model of a run (of its last checkpoint), or of what `write_orbax` wrote.
-
-    Raises:
-      CheckpointError, ConfigError: if there is none, or it is damaged.
-    """
-    import jax
-    from flax import nnx
-
-    from mmjax.convert.family import Origin
-    from mmjax.params import abstract, merge
-    from mmjax.train.checkpoints import restore_params
-
-    described = directory / MODEL
-    run = directory / "config.json"
-    stored = described if described.exists() else run
-    if not stored.exists():
-        raise ConfigError(f"{directory} has checkpoints, but neither {MODEL} nor config.json.")
-    content = json.loads(stored.read_text("utf-8"))
-    graph, shapes = abstract(lambda: mmjax.build(content["model"], rngs=nnx.Rngs(0)))
-    where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    targets = {
-        path: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
-        for path, shape in shapes.items()
-    }
-    _, params = restore_params(directory / "checkpoints", targets)
-    model = merge(graph, params)
-    if content.get("origin"):
-        model.origin = Origin(**content["origin"])
-    return model
 
 
 def write_orbax(model, directory: Path, dtype: str | None, companions: Path | None) -> None:
@@ -178,7 +142,7 @@ def _verify(model, source: Path, target: Path | None, to: str) -> int:
     from experiments._verify import parity_table
 
     hf = target if target is not None and to == "hf" else source
-    if not (hf / "config.json").is_file() or is_orbax(hf):
+    if not (hf / "config.json").is_file() or is_run(hf):
         raise ConfigError(
             "--verify compares with a directory that transformers reads: the source or the target "
             "must be of Hugging Face format."

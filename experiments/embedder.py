@@ -44,9 +44,9 @@ def open_embedder(
     if not (directory / "checkpoints").is_dir():
         return Embedder.load(directory, batch_size=batch_size, dtype=dtype)
 
-    from experiments.convert import read_orbax
     from mmjax.data.run_processor import RunProcessor
     from mmjax.data.tokenizer import build_tokenizer
+    from mmjax.train.runs import read_run
 
     if dtype:
         raise ConfigError("A run computes in the type of its config: leave --dtype out.")
@@ -57,7 +57,7 @@ def open_embedder(
         )
     data = json.loads((directory / "config.json").read_text("utf-8"))["data"]
     return Embedder(
-        read_orbax(directory),
+        read_run(directory),
         RunProcessor(data["train"], build_tokenizer(data, directory)),
         batch_size=batch_size,
         identity=fingerprint(directory, _run_files(directory)),
