@@ -32,8 +32,8 @@ FSDP_MIN_SIZE = 2**14
 
 # One table serves every model, since all are built from the layers of mmjax.nn.
 DEFAULT_RULES: rules.Table = (
-    (r"(.*/)?(query|key|value|up|gate)/kernel", "tensor(-1)+fsdp"),
-    (r"(.*/)?(out|down)/kernel", "tensor(-2)+fsdp"),
+    (r"(.*/)?(query|key|value|up|gate)/(kernel|lora/b)", "tensor(-1)+fsdp"),
+    (r"(.*/)?(out|down)/(kernel|lora/a)", "tensor(-2)+fsdp"),
     (r".*", "fsdp"),
 )
 

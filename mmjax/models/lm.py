@@ -301,8 +301,10 @@ class LM(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*b e"]) -> Float[Array, "*b v"]:
         """The output head, for `LMOutput.hidden` or some of its vectors; float32."""
-        kernel = self.token.embedding[...].T if self.head is None else self.head.kernel[...]
-        logits = project(hidden, kernel, jnp.float32)
+        if self.head is None:
+            logits = project(hidden, self.token.embedding[...].T, jnp.float32)
+        else:
+            logits = self.head(hidden, jnp.float32)
         cap = self.config.final_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

@@ -382,8 +382,9 @@ class T5(T5Encoder):
         """Of a decoder's stream after its final norm; float32."""
         if self.config.scale_logits:
             x = x * self.config.width**-0.5
-        kernel = self.token.embedding[...].T if self.head is None else self.head.kernel[...]
-        return project(x, kernel, jnp.float32)
+        if self.head is None:
+            return project(x, self.token.embedding[...].T, jnp.float32)
+        return self.head(x, jnp.float32)
 
     def prefill(
         self,

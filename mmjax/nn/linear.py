@@ -43,10 +43,15 @@ class Linear(nnx.Module):
     ):
         self.kernel = nnx.Param(kernel_init(rngs.params(), (inputs, outputs), jnp.float32))
         self.bias = nnx.Param(bias_init(rngs.params(), (outputs,), jnp.float32)) if bias else None
+        self.lora = None  # an adapter, where `mmjax.nn.lora` gives it one
 
-    def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
-        y = project(x, self.kernel[...])
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+    def __call__(
+        self, x: Float[Array, "*batch inputs"], dtype: jax.typing.DTypeLike | None = None
+    ) -> Float[Array, "*batch outputs"]:
+        """The result has `dtype` where one is given."""
+        apply = project if self.lora is None else self.lora
+        y = apply(x, self.kernel[...], dtype)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
 def project(

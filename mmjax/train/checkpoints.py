@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from mmjax.nn.lora import adapted, is_adapter
 from mmjax.params import Params
 from mmjax.train import processes
 from mmjax.train.state import TrainState
@@ -235,19 +237,22 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
-def restore_params(directory: Path, targets: Params) -> tuple[int, Params]:
+def restore_params(
+    directory: Path, targets: Params, optional: Callable[[str], bool] = lambda path: False
+) -> tuple[int, Params]:
     """Some parameters from the latest checkpoint of a run, straight into sharded arrays.
 
     Args:
       directory: the run's checkpoint directory.
       targets: {path in that run: shape with sharding}.
+      optional: paths that are left out where the run does not have them.
 
     Returns:
       The checkpoint's step, and {path in that run: array}; moving averages where the run kept them.
 
     Raises:
-      CheckpointError: if there is no checkpoint, or parameters are missing or of another shape (all
-        are listed).
+      CheckpointError: if there is no checkpoint, parameters are missing or of another shape (all
+        are listed), or kernels have adapters there that are not asked for.
     """
     directory = Path(directory).absolute()
     steps = ocp.utils.checkpoint_steps(directory) if directory.is_dir() else []
@@ -266,7 +271,8 @@ def restore_params(directory: Path, targets: Params) -> tuple[int, Params]:
                 (g for g in ("ema", "trainable", "frozen") if path in (saved.get(g) or {})), None
             )
             if group is None:
-                problems.append(f"  {path!r} is not there")
+                if not optional(path):
+                    problems.append(f"  {path!r} is not there")
             elif tuple(saved[group][path].shape) != tuple(target.shape):
                 problems.append(
                     f"  {path!r} has shape {tuple(saved[group][path].shape)} there, "
@@ -277,6 +283,20 @@ def restore_params(directory: Path, targets: Params) -> tuple[int, Params]:
         if problems:
             raise CheckpointError(
                 f"{item} does not hold the parameters asked for:\n" + "\n".join(problems)
+            )
+        left = [
+            path
+            for group in ("trainable", "frozen")
+            for path in saved.get(group) or {}
+            if is_adapter(path) and adapted(path) in targets and path not in targets
+        ]
+        if left:
+            raise CheckpointError(
+                f"{item} holds adapters (LoRA) of kernels asked for, which are not what was "
+                "trained without them:\n"
+                + "\n".join(f"  {path!r}" for path in left)
+                + "\nMerge them (python -m experiments.convert --source RUN --target NEW_DIR --to "
+                "orbax) and take the result, or give config.lora the values it had there."
             )
         tree: dict[str, Params] = {}
         for path, group in where.items():

@@ -27,7 +27,7 @@ from mmjax.nn.partition import activation_sharding
 from mmjax.params import Params, abstract
 from mmjax.registry import nearest
 from mmjax.train import checkpoints, state
-from mmjax.train.handover import check_handover, is_run, model_dataclass
+from mmjax.train.handover import check_adapters, check_handover, is_run, model_dataclass
 from mmjax.train.optimizers import OptimizerConfig, make_optimizer, make_schedule
 from mmjax.train.schedules import Schedule
 from mmjax.train.step import make_step
@@ -319,7 +319,7 @@ def load_initial(experiment: Experiment) -> Params:
     no row matches is initialised at random. A source is the work directory of a run, or a
     checkpoint of Hugging Face format (its paths are those of the model that
     `mmjax.from_pretrained` makes of it); position tables of the latter are interpolated to this
-    model's resolution.
+    model's resolution. Adapters of config.lora that a source lacks are new: they change nothing.
 
     Raises:
       CheckpointError: if a run has no checkpoint, or lacks a parameter.
@@ -328,6 +328,7 @@ def load_initial(experiment: Experiment) -> Params:
       RuleError: if a row matches nothing.
     """
     wanted: dict[str, dict[str, str]] = {}
+    rows: list[tuple[Any, list[str]]] = []
     left = list(experiment.shapes)
     for row in experiment.config.init:
         pattern, source, there = row
@@ -338,6 +339,7 @@ def load_initial(experiment: Experiment) -> Params:
                 "parameters are:\n" + "\n".join(f"  {path}" for path in experiment.shapes)
             )
         left = [path for path in left if path not in taken]
+        rows.append((row, taken))
         for path in taken:
             wanted.setdefault(source, {})[path] = re.fullmatch(pattern, path).expand(there)
     loaded: Params = {}
@@ -345,14 +347,26 @@ def load_initial(experiment: Experiment) -> Params:
     for source, names in wanted.items():
         check_handover(experiment.config.model.to_dict(), Path(source), names)
         arrays = _read_params(Path(source), {there: targets[here] for here, there in names.items()})
-        loaded |= {here: arrays[there] for here, there in names.items()}
+        loaded |= {here: arrays[there] for here, there in names.items() if there in arrays}
+        if any(map(lora.is_adapter, arrays)):
+            check_adapters(experiment.config.lora, Path(source))
+    for row, taken in rows:
+        if not loaded.keys() & set(taken):
+            raise rules.RuleError(
+                f"The row {tuple(row)!r} of config.init takes adapters only, and its source has "
+                "none of them: leave it out for new ones."
+            )
     return loaded
 
 
 def _read_params(source: Path, targets: Params) -> Params:
+    """The parameters of a source; adapters as far as it has them."""
     if source.is_file() or ((source / convert.CONFIG).exists() and not is_run(source)):
-        return convert.load_params(source, targets)
-    return checkpoints.restore_params(source / "checkpoints", targets)[1]
+        return convert.load_params(
+            source, {path: leaf for path, leaf in targets.items() if not lora.is_adapter(path)}
+        )
+    directory = source / "checkpoints"
+    return checkpoints.restore_params(directory, targets, optional=lora.is_adapter)[1]
 
 
 def _with_value(config: ConfigDict, key: str, value: Any) -> ConfigDict:

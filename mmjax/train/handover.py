@@ -87,6 +87,31 @@ def check_handover(model: Mapping[str, Any], source: Path, names: Mapping[str, s
         )
 
 
+def check_adapters(lora: Mapping[str, Any], source: Path) -> None:
+    """That adapters taken from a run do here what they did there.
+
+    Args:
+      lora: `config.lora`.
+      source: the work directory of the run.
+
+    Raises:
+      ConfigError: listing every field that differs.
+    """
+    theirs = json.loads((source / "config.json").read_text("utf-8"))["lora"]
+    problems = [
+        f"  lora.{key}: {lora[key]!r} here, {theirs[key]!r} there"
+        for key in ("rank", "alpha", "dora", "rslora")
+        if lora[key] != theirs[key]
+    ]
+    if problems:
+        raise ConfigError(
+            f"config.init takes adapters from {source}, which were made otherwise:\n"
+            + "\n".join(problems)
+            + "\nChange config.lora to what it is there; or merge them first (experiments.convert) "
+            "and take the result."
+        )
+
+
 def _config_of(source: Path) -> Any | None:
     """The dataclass of the model in a source; None if it does not say."""
     if not is_run(source):
