@@ -291,7 +291,7 @@ def prepare(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
         task = TASKS[name](mesh, **options)
     except TypeError as error:
         raise ConfigError(f"config.task {name!r}: {error}") from None
-    task.check(model_dataclass(config.model), parse(config.data.train))
+    task.check(model_dataclass(config.model.to_dict()), parse(config.data.train))
     step = make_step(task, graphdef, tx, accumulate=training.accumulate, ema=optimizer.ema)
     return Experiment(
         config=config,
