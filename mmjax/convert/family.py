@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import json
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -39,7 +39,7 @@ class Family:
 
     Attributes:
       model_type: as in `config.json`.
-      model: our module, built as `model(config, rngs=rngs)`.
+      model: our module, built as `model(config, rngs=rngs)`; see `module`.
       from_hf: source -> the config of our module. Raises ValueError where an option of theirs
         changes what is computed in a way that ours does not have.
       to_hf: config of our module -> config of transformers. A config is saved by a family only if
@@ -50,6 +50,7 @@ class Family:
       ignored: config of our module -> patterns over whole canonical names of tensors that are
         knowingly not used.
       aliases: further class names whose checkpoints this family reads (their heads being ignored).
+      variants: classes of our configs that are those of another module than `model`.
     """
 
     model_type: str
@@ -60,6 +61,11 @@ class Family:
     renames: Sequence[tuple[str, str]] = ()
     ignored: Callable[[Any], Sequence[str]] = lambda config: ()
     aliases: Sequence[str] = ()
+    variants: Mapping[type, type[nnx.Module]] = dataclasses.field(default_factory=dict)
+
+    def module(self, config: Any) -> type[nnx.Module]:
+        """The class of our model for a config of this family."""
+        return self.variants.get(type(config), self.model)
 
 
 # By name of the class in transformers ("architectures" in config.json).

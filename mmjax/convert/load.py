@@ -111,7 +111,7 @@ def from_pretrained(
     )
     if image_size is not None:
         config, params = resize.resized(config, params, image_size)
-        graph, _ = structure(checkpoint.family.model, config)
+        graph, _ = structure(checkpoint.family.module(config), config)
     model = merge(graph, params)
     model.origin = checkpoint.origin
     return model
@@ -124,7 +124,8 @@ def model_config(directory: str | Path) -> dict[str, Any]:
       ConversionError: see `from_pretrained`.
     """
     checkpoint = open_checkpoint(directory)
-    names = [name for name in MODELS if MODELS[name][1] is checkpoint.family.model]
+    model = checkpoint.family.module(checkpoint.config)
+    names = [name for name in MODELS if MODELS[name][1] is model]
     if not names:
         raise ConversionError(
             f"{directory}: a {checkpoint.origin.architecture} is not trained on its own. Take its "
@@ -148,7 +149,7 @@ def load_params(directory: str | Path, targets: Params) -> Params:
       ConversionError: if a parameter is not there, or has another shape; all are listed.
     """
     checkpoint = open_checkpoint(directory)
-    _, shapes = structure(checkpoint.family.model, checkpoint.config)
+    _, shapes = structure(checkpoint.family.module(checkpoint.config), checkpoint.config)
     tables = resize.position_tables(checkpoint.config)
     resampled = {
         path
@@ -204,7 +205,7 @@ def load(
       ConversionError: see `from_pretrained`.
     """
     config, family, tensors = checkpoint.config, checkpoint.family, checkpoint.tensors
-    graph, shapes = structure(family.model, config)
+    graph, shapes = structure(family.module(config), config)
     entries = lay_out(family.rows(config), shapes)
     found = {name: tensors.shapes[there] for name, there in checkpoint.file_names.items()}
     check(entries, found, family.ignored(config), tensors.where)

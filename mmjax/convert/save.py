@@ -127,7 +127,7 @@ def describe(
     elif origin is not None:
         names = [origin.architecture]
     else:
-        names = [name for name in known if known[name].model is type(model)]
+        names = [name for name in known if known[name].module(model.config) is type(model)]
         if not names:
             raise ConversionError(
                 f"No class of transformers corresponds to {type(model).__name__}. Those that "

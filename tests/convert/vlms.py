@@ -141,20 +141,26 @@ def check(
     family = type(reference).__name__
     source = parity.save_hf(reference, directory / "source")
     model = mmjax.convert.from_pretrained(source)
-    batch = stream(model.config, rows)
+    config = model.config
+    batch = stream(config, rows)
     inputs = theirs(batch)
+    given, decoder, where = {}, {}, batch.mask
+    if model.encoder_decoder:
+        tokens = np.random.default_rng(1).integers(0, config.vocab_size, (len(rows), 5))
+        given, decoder = {"decoder_tokens": tokens}, {"decoder_input_ids": long(tokens)}
+        where = np.ones(tokens.shape, bool)
     with torch.no_grad():
-        expected = reference(**inputs).logits
+        expected = reference(**inputs, **decoder).logits
         written = reference.generate(
             **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
         )
     place = None if derived else batch.place
-    logits = forward(model, batch.tokens, batch.images, batch.mask, place=place)
-    parity.close(family, "logits", logits, expected, batch.mask)
-    parity.same_argmax(logits, expected, batch.mask)
-    np.testing.assert_array_equal(greedy(model, batch), written[:, batch.tokens.shape[1] :])
+    logits = forward(model, batch.tokens, batch.images, batch.mask, place=place, **given)
+    parity.close(family, "logits", logits, expected, where)
+    parity.same_argmax(logits, expected, where)
+    np.testing.assert_array_equal(greedy(model, batch), written[:, -NEW_TOKENS:])
     if origin:
-        call = lambda model: model(**inputs).logits  # noqa: E731
+        call = lambda model: model(**inputs, **decoder).logits  # noqa: E731
         parity.check_round_trip(source, directory / "target", call)
         same_files(source, directory / "target")
     else:

@@ -95,7 +95,7 @@ class Part:
           ConversionError: if no family computes this.
         """
         return tuple(
-            Row(self._name(row.theirs), self._path(row.ours), row.kind)
+            row._replace(theirs=self._name(row.theirs), ours=self._path(row.ours))
             for row in self._fitting(config)[0].rows(config)
         )
 

@@ -1,0 +1,87 @@
+"""BLIP-2 of transformers, both ways: with OPT, and with Flan-T5."""
+
+import hf
+import pytest
+from towers import refused
+from vlms import IMAGE_TOKEN, VISION, check
+
+transformers = hf.transformers()
+pytestmark = pytest.mark.torch
+
+QFORMER = {
+    **{"hidden_size": 16, "num_attention_heads": 4, "num_hidden_layers": 2},
+    "intermediate_size": 20,
+}
+OPT = {
+    **{"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{"ffn_dim": 48, "max_position_embeddings": 64, "word_embed_proj_dim": 32},
+    **{"pad_token_id": 1, "bos_token_id": None, "eos_token_id": None},
+}
+T5 = {
+    **{"vocab_size": 50, "d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4},
+    **{"decoder_start_token_id": 0, "eos_token_id": None, "pad_token_id": 0},
+}
+# name -> (the language model's config, options of tower, Q-Former, language model and the whole)
+CASES = {
+    "opt": ("OPTConfig", {}, {}, {}, {"num_query_tokens": 5}),
+    "opt with post-norm, cross-attention everywhere": (
+        "OPTConfig",
+        {"qkv_bias": False, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-3},
+        {"cross_attention_frequency": 1, "hidden_act": "relu", "layer_norm_eps": 1e-5},
+        {"do_layer_norm_before": False, "enable_bias": False},
+        {"num_query_tokens": 1},
+    ),
+    "flan-t5, a group of blocks is not whole": (
+        "T5Config",
+        {"hidden_size": 24, "num_attention_heads": 3},
+        {"num_hidden_layers": 3, "cross_attention_frequency": 2},
+        {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "d_kv": 5},
+        {"num_query_tokens": 3},
+    ),
+    "t5 without gates, cross-attention once": (
+        "T5Config",
+        {"image_size": 16},
+        {"cross_attention_frequency": 4, "num_attention_heads": 2},
+        {"feed_forward_proj": "relu", "num_decoder_layers": 1, "decoder_start_token_id": 2},
+        {"num_query_tokens": 4},
+    ),
+}
+
+
+def config_for(name):
+    text, vision_options, qformer_options, text_options, options = CASES[name]
+    base = {"OPTConfig": OPT, "T5Config": T5}[text]
+    return transformers.Blip2Config(
+        vision_config=transformers.Blip2VisionConfig(**VISION | vision_options),
+        qformer_config=transformers.Blip2QFormerConfig(**QFORMER | qformer_options),
+        text_config=getattr(transformers, text)(**base | text_options),
+        image_token_index=IMAGE_TOKEN,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_transformers(name, tmp_path):
+    import torch
+
+    reference = transformers.Blip2ForConditionalGeneration(config_for(name))
+    if name.startswith("flan"):
+        # transformers 5 ties at birth; checkpoints with a head of its own untie.
+        head = reference.language_model.lm_head
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    check(reference, tmp_path, origin=name in ("opt", "flan-t5, a group of blocks is not whole"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda hf: setattr(hf, "image_token_index", None), "50265 in Salesforce's"),
+        (lambda hf: setattr(hf.qformer_config, "use_qformer_text_input", True), "retrieval"),
+        (lambda hf: setattr(hf.text_config, "model_type", "bert"), "model_type='bert'"),
+    ],
+)
+def test_refused(change, message):
+    config = config_for("opt")
+    change(config)
+    with pytest.raises(ValueError, match=message):
+        refused("Blip2ForConditionalGeneration", config)
