@@ -159,6 +159,46 @@ def whole_grid(length: int, grid: Grid, name: str) -> None:
         )
 
 
+def square_tokens(name: str, side: int, grid: Grid, extra: int) -> int:
+    """What `tokens` returns of a connector that makes one of each square of features.
+
+    Raises:
+      ConnectorError: if squares do not fill the grid, or there are extra features.
+    """
+    no_extra(extra, name)
+    height, width = grid
+    if height % side or width % side:
+        fitting = [f for f in range(1, min(grid) + 1) if height % f == width % f == 0]
+        nearest = min(fitting, key=lambda f: abs(f - side))
+        raise ConnectorError(
+            f"Squares of {side} x {side} patches do not fill a grid of {height} x {width}; "
+            f"factor={nearest} is the nearest that does."
+        )
+    return (height // side) * (width // side)
+
+
+def in_squares(x: Array, grid: Grid, side: int) -> Array:
+    """[B, h * w, ...] -> [B, squares, side * side, ...], all row by row."""
+    height, width = grid
+    batch, _, *rest = x.shape
+    x = x.reshape(batch, height // side, side, width // side, side, *rest)
+    return x.swapaxes(2, 3).reshape(batch, -1, side * side, *rest)
+
+
+def at_least_one(**fields: int | Grid) -> None:
+    """Raises ConnectorError if a field of a config, or a side of a grid, is below 1."""
+    for name, value in fields.items():
+        if min(value if isinstance(value, tuple) else (value,)) < 1:
+            raise ConnectorError(f"{name}={value} must be 1 or more.")
+
+
+def only_valid(
+    features: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None
+) -> Float[Array, "b n d"]:
+    """The features, zeros where they do not count."""
+    return features if mask is None else jnp.where(mask[:, :, None], features, 0)
+
+
 def all_valid(tokens: Float[Array, "b m e"]) -> Bool[Array, "b m"]:
     """The mask of tokens that all count."""
     return jnp.ones(tokens.shape[:2], bool)
@@ -181,8 +221,12 @@ __all__ = [
     "Cost",
     "Grid",
     "all_valid",
+    "at_least_one",
     "cost",
+    "in_squares",
     "make_connector",
     "no_extra",
+    "only_valid",
+    "square_tokens",
     "whole_grid",
 ]

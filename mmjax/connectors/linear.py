@@ -28,6 +28,10 @@ class LinearConfig(ConnectorConfig):
         return extra + grid[0] * grid[1]
 
 
+# What other connectors end with where nothing else is said.
+LINEAR = LinearConfig()
+
+
 @CONNECTORS.register("linear")
 class LinearConnector(Connector):
     """Each feature becomes a token."""

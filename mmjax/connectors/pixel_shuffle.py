@@ -17,11 +17,13 @@ from mmjax.connectors.base import (
     CONNECTORS,
     Connector,
     ConnectorConfig,
-    ConnectorError,
     Grid,
     all_valid,
+    at_least_one,
+    in_squares,
     make_connector,
-    no_extra,
+    only_valid,
+    square_tokens,
     whole_grid,
 )
 from mmjax.connectors.linear import LinearConfig
@@ -47,20 +49,10 @@ class PixelShuffleConfig(ConnectorConfig):
     name: str = dataclasses.field(default="pixel_shuffle", init=False)
 
     def __post_init__(self):
-        if self.factor < 1:
-            raise ConnectorError(f"factor={self.factor}: a square has a side of 1 patch or more.")
+        at_least_one(factor=self.factor)
 
     def tokens(self, grid: Grid, extra: int = 0) -> int:
-        no_extra(extra, self.name)
-        height, width = grid
-        if height % self.factor or width % self.factor:
-            fitting = [f for f in range(1, min(grid) + 1) if height % f == width % f == 0]
-            nearest = min(fitting, key=lambda f: abs(f - self.factor))
-            raise ConnectorError(
-                f"Squares of {self.factor} x {self.factor} patches do not fill a grid of {height} "
-                f"x {width}; factor={nearest} is the nearest that does."
-            )
-        return (height // self.factor) * (width // self.factor)
+        return square_tokens(self.name, self.factor, grid, extra)
 
 
 @CONNECTORS.register("pixel_shuffle")
@@ -82,21 +74,11 @@ class PixelShuffle(Connector):
         config = self.config
         whole_grid(features.shape[1], grid, config.name)
         config.tokens(grid)  # raises where squares do not fill the grid
-        if mask is not None:
-            features = jnp.where(mask[..., None], features, 0)
-        squares = _squares(features, grid, config.factor)
+        squares = in_squares(only_valid(features, mask), grid, config.factor)
         squares = squares.reshape(*squares.shape[:2], -1)
         tokens, _ = self.projection(
             squares if self.norm is None else self.norm(squares), None, grid
         )
         if mask is None:
             return tokens, all_valid(tokens)
-        return tokens, jnp.any(_squares(mask, grid, config.factor), axis=2)
-
-
-def _squares(x: Array, grid: Grid, side: int) -> Array:
-    """[B, h * w, ...] -> [B, squares, side * side, ...], all row by row."""
-    height, width = grid
-    batch, _, *rest = x.shape
-    x = x.reshape(batch, height // side, side, width // side, side, *rest)
-    return x.swapaxes(2, 3).reshape(batch, -1, side * side, *rest)
+        return tokens, jnp.any(in_squares(mask, grid, config.factor), axis=2)

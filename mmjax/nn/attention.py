@@ -286,6 +286,7 @@ class Attention(nnx.Module):
         x: Float[Array, "b q d"],
         context: Float[Array, "b k e"] | None = None,
         *,
+        values: Float[Array, "b k e"] | None = None,
         mask: Mask | None = None,
         rotation: Rotation | None = None,
         scale: float | Float[Array, ""] | None = None,
@@ -294,11 +295,12 @@ class Attention(nnx.Module):
         """Attend from `x` to `context`, or to `x` itself where there is none.
 
         Args:
+          values: the stream that values are computed of, where it is not the one of the keys.
           rotation: of queries and keys, by their places; for self-attention.
           scale: of the logits, instead of the layer's own.
           bias: added to the logits.
         """
-        return self._attend(x, context, mask, rotation, scale, bias)[0]
+        return self._attend(x, context, values, mask, rotation, scale, bias)[0]
 
     def with_cache(
         self,
@@ -311,7 +313,7 @@ class Attention(nnx.Module):
         bias: Float[Array, "#b h q k"] | None = None,
     ) -> tuple[Float[Array, "b q d"], KV]:
         """The same, and the keys and values, for `step`."""
-        out, key, value = self._attend(x, context, mask, rotation, scale, bias)
+        out, key, value = self._attend(x, context, None, mask, rotation, scale, bias)
         return out, KV(_heads_first(key), _heads_first(value))
 
     def step(
@@ -355,6 +357,7 @@ class Attention(nnx.Module):
         self,
         x: Array,
         context: Array | None,
+        values: Array | None,
         mask: Mask | None,
         rotation: Rotation | None,
         scale: float | Array | None,
@@ -363,14 +366,17 @@ class Attention(nnx.Module):
         """The output, keys and values; the arguments are those of `__call__`."""
         context = x if context is None else context
         query = self._turned(self._split(self.query(x), self.heads), self.query_norm, rotation)
-        key, value = self._keys_values(context, rotation)
+        key, value = self._keys_values(context, rotation, values)
         scale = self.scale if scale is None else scale
         out = attend(query, key, value, mask, scale=scale, softcap=self.softcap, bias=bias)
         return self._joined(out), key, value
 
-    def _keys_values(self, context: Array, rotation: Rotation | None) -> tuple[Array, Array]:
+    def _keys_values(
+        self, context: Array, rotation: Rotation | None, values: Array | None = None
+    ) -> tuple[Array, Array]:
         key = self._turned(self._split(self.key(context), self.kv_heads), self.key_norm, rotation)
-        return key, self._split(self.value(context), self.kv_heads)
+        values = context if values is None else values
+        return key, self._split(self.value(values), self.kv_heads)
 
     def _split(self, x: Float[Array, "b n hd"], heads: int) -> Float[Array, "b n h d"]:
         x = x.reshape(*x.shape[:2], heads, self.head_dim)

@@ -34,6 +34,10 @@ ACTIVATIONS: Registry[Callable[[Array], Array]] = Registry("activation")
 ACTIVATIONS.register("gelu")(_lean(functools.partial(jax.nn.gelu, approximate=False)))
 ACTIVATIONS.register("gelu_tanh")(_lean(functools.partial(jax.nn.gelu, approximate=True)))
 ACTIVATIONS.register("relu")(jax.nn.relu)
+# Of Flamingo's resampler.
+ACTIVATIONS.register("relu_squared")(_lean(lambda x: jnp.square(jax.nn.relu(x))))
+# Of MobileNetV3.
+ACTIVATIONS.register("hard_swish")(_lean(jax.nn.hard_swish))
 ACTIVATIONS.register("tanh")(_lean(jnp.tanh))
 ACTIVATIONS.register("silu")(_lean(jax.nn.silu))
 
@@ -51,11 +55,12 @@ class MLP(nnx.Module):
     Gated with "silu" it is SwiGLU, with "gelu" or "gelu_tanh" GeGLU (Shazeer, 2020).
 
     Args:
-      width: of input and output.
+      width: of the input, and of the output where that has no other.
       hidden: width in between.
       activation: a name in `ACTIVATIONS`.
       gated: whether there is a gate.
       bias: whether the linear maps have biases.
+      outputs: width of the output.
     """
 
     def __init__(
@@ -66,6 +71,7 @@ class MLP(nnx.Module):
         activation: str,
         gated: bool = False,
         bias: bool = True,
+        outputs: int | None = None,
         rngs: nnx.Rngs,
     ):
         # As in big_vision: Xavier kernels and all but zero biases.
@@ -79,9 +85,9 @@ class MLP(nnx.Module):
         self.activation = ACTIVATIONS[activation]
         self.up = linear(width, hidden)
         self.gate = linear(width, hidden) if gated else None
-        self.down = linear(hidden, width)
+        self.down = linear(hidden, width if outputs is None else outputs)
 
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n e"]:
         hidden = self.up(x)
         if self.gate is None:
             hidden = self.activation(hidden)

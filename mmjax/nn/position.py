@@ -89,11 +89,11 @@ def sincos2d(grid: tuple[int, int], width: int, temperature: float = 10_000.0) -
 
 
 def interpolate_grid(
-    table: Float[Array, "n d"],
+    table: Float[Array, "*batch n d"],
     source: tuple[int, int],
     target: tuple[int, int],
     method: str = "bicubic",
-) -> Float[Array, "m d"]:
+) -> Float[Array, "*batch m d"]:
     """Resample a table of vectors from one grid to another, in float32.
 
     Args:
@@ -102,6 +102,7 @@ def interpolate_grid(
     """
     rows = jnp.asarray(RESAMPLERS[method](source[0], target[0]))
     columns = jnp.asarray(RESAMPLERS[method](source[1], target[1]))
-    grid = table.astype(jnp.float32).reshape(*source, -1)
-    grid = jnp.einsum("rh,hwd,cw->rcd", rows, grid, columns, precision="highest")
-    return grid.reshape(target[0] * target[1], -1).astype(table.dtype)
+    *batch, _, width = table.shape
+    grid = table.astype(jnp.float32).reshape(*batch, *source, width)
+    grid = jnp.einsum("rh,...hwd,cw->...rcd", rows, grid, columns, precision="highest")
+    return grid.reshape(*batch, target[0] * target[1], width).astype(table.dtype)

@@ -37,6 +37,27 @@ def bicubic_antialias(source: int, target: int) -> np.ndarray:
     return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
+@RESAMPLERS.register("bilinear")
+def bilinear(source: int, target: int) -> np.ndarray:
+    """[target, source] weights of the two nearest cells, edges repeated."""
+    centre = np.clip((np.arange(target) + 0.5) * source / target - 0.5, 0, source - 1)
+    distance = np.abs(np.arange(source)[None] - centre[:, None])
+    return np.maximum(1 - distance, 0).astype(np.float32)
+
+
+@RESAMPLERS.register("average")
+def average(source: int, target: int) -> np.ndarray:
+    """[target, source] weights of torch's adaptive average pooling.
+
+    Each cell is the mean of those that it overlaps, however little.
+    """
+    place = np.arange(target)
+    first, last = place * source // target, -(-(place + 1) * source // target)
+    cells = np.arange(source)[None]
+    inside = (cells >= first[:, None]) & (cells < last[:, None])
+    return (inside / inside.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
 def _cubic(distance: np.ndarray, a: float) -> np.ndarray:
     d = np.abs(distance)
     near = (a + 2) * d**3 - (a + 3) * d**2 + 1

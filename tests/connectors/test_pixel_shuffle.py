@@ -106,5 +106,5 @@ def test_features_of_another_grid():
     connector = make_connector(PixelShuffleConfig(2), WIDTH, OUTPUTS, rngs=nnx.Rngs(0))
     with pytest.raises(ConnectorError, match="4 x 4 = 16"):
         connector(jnp.zeros((1, 17, WIDTH)), None, (4, 4))
-    with pytest.raises(ConnectorError, match="1 patch or more"):
+    with pytest.raises(ConnectorError, match="factor=0 must be 1 or more"):
         PixelShuffleConfig(0)
