@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -105,6 +105,7 @@ class Form(Protocol):
         """
 
 
+@runtime_checkable
 class Questioning(Form, Protocol):
     """A form that evaluation can use."""
 
@@ -407,7 +408,8 @@ class Messages:
     """Messages as of OpenAI and Hugging Face: {"role", "content"}, where content is a text (with a
     marker "<image>" for each image) or a list of {"type": "text", "text"} and {"type": "image"}.
 
-    Images are those of `images`, in order, or stand in the content itself under "image".
+    Images are those of `images`, in order, or stand in the content itself: {"type": "image",
+    "image"} or {"type": "image_url", "image_url": {"url"}}.
     """
 
     messages_field: str = "messages"
@@ -437,9 +439,10 @@ class Messages:
         """The parts of one message; what images it holds are added to `images`."""
         for item in _rows(content):
             kind = item.get("type")
-            if kind == "image":
-                if item.get("image") is not None:
-                    images.append(item["image"])
+            if kind in ("image", "image_url"):
+                given = item.get("image", item.get("image_url"))
+                if given is not None:
+                    images.append(given["url"] if isinstance(given, Mapping) else given)
                 yield found
                 found += 1
             elif kind == "text" and isinstance(item.get("text"), str):

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -18,6 +18,7 @@ from mmjax.data.pipeline import (
     Batch,
     EvalBatches,
     Maker,
+    Skipped,
     TooManyBadRecordsError,
     record_order,
     to_batch,
@@ -77,7 +78,7 @@ def _start(batches: Any, loading: LoadingSpec) -> grain.DatasetIterator:
     return iter(dataset.to_iter_dataset(options).mp_prefetch(processes, worker_init_fn=worker_init))
 
 
-class _Watch:
+class Watch:
     """Stops a run with too many broken records.
 
     The share is taken over at least 1,000 samples, or one epoch where that is less, so that a
@@ -91,10 +92,11 @@ class _Watch:
         self._bad = 0
         self._errors: dict[str, str] = {}
 
-    def see(self, batch: Batch) -> None:
-        self._seen += len(batch.ids)
-        self._bad += len(batch.skipped)
-        for bad in batch.skipped:
+    def see(self, samples: int, skipped: Sequence[Skipped]) -> None:
+        """So many good samples, and these bad ones."""
+        self._seen += samples
+        self._bad += len(skipped)
+        for bad in skipped:
             if len(self._errors) < 50:
                 self._errors.setdefault(bad.record, bad.error)
         if self._bad > self._max_share * max(self._seen, self._least):
@@ -141,7 +143,7 @@ class Loader(Iterator[Batch]):
         self._position = 0
         self._mark = (0, 0)
         self._iterator: grain.DatasetIterator | None = None
-        self._watch = _Watch(loading.max_bad_share, self.samples_per_epoch)
+        self._watch = Watch(loading.max_bad_share, self.samples_per_epoch)
 
     @property
     def samples_per_epoch(self) -> int:
@@ -166,7 +168,7 @@ class Loader(Iterator[Batch]):
             )
             self._iterator = _start(batches, self._loading)
         batch = to_batch(next(self._iterator), self._maker.spec.text is not None)
-        self._watch.see(batch)
+        self._watch.see(len(batch.ids), batch.skipped)
         self._position += self._rows
         self._mark = batch.mark or self._mark
         return batch
@@ -285,12 +287,12 @@ class EvalLoader:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        watch = _Watch(self._loading.max_bad_share, self.num_examples)
+        watch = Watch(self._loading.max_bad_share, self.num_examples)
         iterator = _start(self._batches, self._loading)
         try:
             for element in iterator:
                 batch = to_batch(element, self._maker.spec.text is not None)
-                watch.see(batch)
+                watch.see(len(batch.ids), batch.skipped)
                 yield batch
         finally:
             iterator.close()

@@ -11,6 +11,7 @@ import grain
 import numpy as np
 
 from mmjax.data.buffers import BufferPool
+from mmjax.data.conversations import read_image
 from mmjax.data.image import (
     PRESETS,
     CorruptImageError,
@@ -160,7 +161,7 @@ class Maker:
 
     def _make_image(self, data: Any, out: np.ndarray, rng: np.random.Generator | None) -> None:
         spec = self.spec.image
-        image = open_image(data)
+        image = open_image(read_image(data))
         if not (spec.augment and spec.augment[0].draws_unloaded):
             image = check_loaded(image)
         if rng is not None:

@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import bisect
+import itertools
+import logging
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from mmjax.data.conversations import Asked, Questioning, read_image
+from mmjax.data.image import CorruptImageError
+from mmjax.data.loader import Watch
+from mmjax.data.pipeline import Skipped, read_record
+from mmjax.data.records import BadRecordError
+from mmjax.data.sources import open_source
+from mmjax.data.spec import LoadingSpec, parse
+from mmjax.data.stream import ConversationMaker, Drawn
+from mmjax.data.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+# Of the choice of questions, where not all are asked.
+_SEED = 0
 
 
 class Question(NamedTuple):
@@ -32,3 +51,152 @@ class Question(NamedTuple):
     picture: bytes | None
     answer_ids: np.ndarray | None = None
     choice_ids: tuple[np.ndarray, ...] | None = None
+
+
+class Questions:
+    """The questions of a data stream, as often as it is iterated; made by `open_questions`.
+
+    Questions about one image share its array. `skipped` are the records that could not be used,
+    when all have been seen.
+    """
+
+    def __init__(self, maker: ConversationMaker, limit: int | None):
+        self._maker = maker
+        self._limit = limit
+        self._ends = np.cumsum([len(source) for source in maker.sources]).tolist()
+        self.skipped: list[Skipped] = []
+
+    def __iter__(self) -> Iterator[Question]:
+        self.skipped = []
+        watch = Watch(LoadingSpec().max_bad_share, self._ends[-1])
+        chosen: Iterator[tuple[int, list[int] | None]]
+        if self._limit is None:
+            chosen = zip(range(self._ends[-1]), itertools.repeat(None), strict=False)
+        else:
+            chosen = iter(sorted(self._choose(self._limit).items()))
+        for number, wanted in chosen:
+            bad: list[Skipped] = []
+            questions = self._make(number, wanted, bad)
+            for record, error in bad:
+                log.warning("Left out %s: %s", record, error)
+            self.skipped += bad
+            watch.see(max(1, len(questions)), bad)
+            yield from questions
+
+    def _choose(self, limit: int) -> dict[int, list[int]]:
+        """Record -> some of its questions: as many images as there are, and then more of each, in
+        an order that is always the same."""
+        order = np.random.default_rng(_SEED).permutation(self._ends[-1]).tolist()
+        left: dict[int, list[int]] = {}
+        chosen: dict[int, list[int]] = {}
+        for turn in itertools.count():
+            for number in order if turn == 0 else [number for number in order if left[number]]:
+                if limit == 0:
+                    return chosen
+                if turn == 0:
+                    try:
+                        count = len(self._asked(number)[1])
+                    except BadRecordError:
+                        count = 1  # found out, and named, when its turn comes
+                    shuffled = np.random.default_rng([_SEED, number]).permutation(count)
+                    left[number] = shuffled.tolist()
+                if left[number]:
+                    chosen.setdefault(number, []).append(left[number].pop())
+                    limit -= 1
+            if not any(left.values()):
+                return chosen
+
+    def _place(self, number: int) -> tuple[int, int]:
+        k = bisect.bisect_right(self._ends, number)
+        return k, number - (self._ends[k - 1] if k else 0)
+
+    def _asked(self, number: int) -> tuple[str, list[Asked]]:
+        k, index = self._place(number)
+        record, name = read_record(self._maker.sources[k], index)
+        return name, list(self._maker.spec.forms[k].questions(record, name))
+
+    def _make(
+        self, number: int, wanted: list[int] | None, skipped: list[Skipped]
+    ) -> list[Question]:
+        k, index = self._place(number)
+        name = self._maker.sources[k].id(index)
+        made: list[Question] = []
+        images: dict[int, tuple[np.ndarray, bytes | None]] = {}
+        try:
+            _, asked = self._asked(number)
+            for place in sorted(wanted) if wanted is not None else range(len(asked)):
+                made.append(self._question(name, asked[place], (k, index), images))
+        except (BadRecordError, CorruptImageError) as error:
+            skipped.append(Skipped(name, str(error)))
+        return made
+
+    def _question(
+        self,
+        name: str,
+        asked: Asked,
+        where: tuple[int, int],
+        images: dict[int, tuple[np.ndarray, bytes | None]],
+    ) -> Question:
+        maker = self._maker
+        conversation = asked.conversation(asked.answers[0])
+        pieces = maker.render(conversation)
+        sample = maker.encode(Drawn(name, conversation, pieces), (*where, None))
+        if id(asked.image) not in images:
+            pictures = maker.pictures(sample)
+            seen = None if asked.image is None else read_image(asked.image)
+            images[id(asked.image)] = (
+                np.concatenate(pictures) if pictures else maker.no_pictures(),
+                seen if isinstance(seen, bytes) else None,
+            )
+        pixels, picture = images[id(asked.image)]
+        begin = int(sample.learnt.argmax())
+        choice_ids = None
+        if asked.choices is not None:
+            choice_ids = tuple(
+                maker.learnt(maker.render(asked.conversation(choice))) for choice in asked.choices
+            )
+        return Question(
+            id=f"{name}/{asked.key}" if asked.key else name,
+            group=asked.group,
+            text=asked.text,
+            answers=asked.answers,
+            choices=asked.choices,
+            ids=sample.tokens[:begin],
+            place=sample.place[:begin],
+            images=pixels,
+            picture=picture,
+            answer_ids=maker.learnt(pieces),
+            choice_ids=choice_ids,
+        )
+
+
+def open_questions(
+    data_config: Any, tokenizer: Tokenizer | None, limit: int | None = None
+) -> Questions:
+    """The questions of a data stream, a mapping such as `config.data.train`, each with the prompt
+    that training would have (one question each, unpacked).
+
+    Args:
+      data_config: with `conversation`; its sources have the forms "questions", "vqa" or "caption".
+      tokenizer: from `build_tokenizer`.
+      limit: not all questions but so many, of as many images as possible; the same ones always.
+
+    Raises:
+      ValueError: unknown names or fields, nothing to read, or a form that has no questions.
+      TooManyBadRecordsError: while they are read, if more than 1% of the records are broken or do
+        not fit.
+    """
+    spec = parse(data_config)
+    if spec.conversation is None:
+        raise ValueError("Questions need a data stream with `conversation`.")
+    for form in spec.forms:
+        if not isinstance(form, Questioning):
+            raise ValueError(
+                f"The form {type(form).__name__.lower()!r} has no questions to ask: those of "
+                "'questions', 'vqa' and 'caption' have."
+            )
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} asks nothing: give 1 or more, or None for all questions.")
+    maker = ConversationMaker(spec, [open_source(s)[0] for s in spec.sources], tokenizer)
+    maker.check()
+    return Questions(maker, limit)
