@@ -4,7 +4,8 @@ A mask is not a matrix but two integers for each token. A query attends to a key
 
 1. their groups are the same and not 0, and
 2. the key's order is not above the query's, and
-3. the key is less than `window` places behind the query (where there is a window).
+3. the key is less than `window` places behind the query (where there is a window), or in the same
+   of several blocks.
 
 The order is the cumulative sum of "a new block begins here", the idea of `make_attn_mask` in
 big_vision's PaliGemma: within a block all tokens see each other, and blocks see what is before.
@@ -69,7 +70,9 @@ class Mask:
         if query.order is not None:
             rules.append(query.order >= key.order)
         if self.window is not None:
-            rules.append(query.position - key.position < self.window)
+            near = query.position - key.position < self.window
+            # transformers, too, lets a prefix and an image see all of themselves.
+            rules.append(near if query.order is None else near | (query.order == key.order))
         allowed = rules[0]
         for rule in rules[1:]:
             allowed = allowed & rule
