@@ -90,7 +90,8 @@ def stream(config: VLMConfig, rows: Sequence[Sequence[int | str | Plan]], seed=0
         tokens, places, mine = [], [], []
         for item in row:
             if isinstance(item, int):
-                tokens += rng.integers(3, config.image_token, item).tolist()
+                top = min(config.image_token, config.vocab_size)
+                tokens += rng.integers(3, top, item).tolist()
                 places += [TEXT] * item
                 continue
             plan = whole if item == IMAGE else item
