@@ -1,10 +1,12 @@
 """Convert checkpoints: Hugging Face directories, GGUF files and Orbax checkpoints.
 
-    python -m experiments.convert --source DIR --target NEW_DIR [--to hf|orbax] [--verify]
+    python -m experiments.convert --source DIR --target NEW_DIR [--to hf|orbax|peft] [--verify]
 
 The source is a directory of Hugging Face format, a GGUF file, the work directory of a run, or what
 this command wrote as Orbax. By default the target has the other format (of a GGUF file: hf).
 An Orbax target has the layout of a work directory, so that `config.init` can name it.
+Adapters (LoRA) of a run, or of a directory of PEFT given as --adapter, are merged into the model;
+--to peft writes the adapters alone, as PEFT loads them.
 --verify compares with transformers, layer by layer, and fails where they differ.
 """
 
@@ -20,6 +22,7 @@ from pathlib import Path
 import mmjax
 from experiments import common
 from mmjax.config import ConfigError
+from mmjax.convert import load_adapter, save_adapter
 from mmjax.data.sources import existing
 from mmjax.train.handover import is_run
 from mmjax.train.runs import MODEL, read_run
@@ -31,7 +34,9 @@ def main(argv: Sequence[str] | None) -> int:
     parser = common.plain_parser(__doc__)
     parser.add_argument("--source", required=True, help="directory, or .gguf file")
     parser.add_argument("--target", help="a new directory; may be left out with --verify")
-    parser.add_argument("--to", choices=("hf", "orbax"), help="format of the target")
+    parser.add_argument("--to", choices=("hf", "orbax", "peft"), help="format of the target")
+    parser.add_argument("--adapter", help="directory of PEFT whose adapters the model is given")
+    parser.add_argument("--base", help="name of the base model for --to peft; the source's origin")
     parser.add_argument("--architecture", help="class in transformers to save as, e.g. CLIPModel")
     parser.add_argument("--like", help="directory of transformers whose tokenizer files are taken")
     parser.add_argument("--dtype", help="of the tensors written; as they are by default")
@@ -41,19 +46,36 @@ def main(argv: Sequence[str] | None) -> int:
     args = parser.parse_args(argv)
     if args.target is None and not args.verify:
         raise ConfigError("Give --target, or --verify to compare only.")
+    if args.verify and (args.to == "peft" or args.adapter):
+        raise ConfigError("--verify compares whole models: leave out --adapter and --to peft.")
+    if args.base is not None and args.to != "peft":
+        raise ConfigError("--base is named by what --to peft writes: leave it out.")
     source = Path(args.source)
     run = is_run(source)
     to = args.to or ("orbax" if source.is_dir() and not run else "hf")
     target = None if args.target is None else Path(args.target)
     if target is not None:
         _check_target(source, target, overwrite=args.overwrite)
-    model = read_run(source) if run else mmjax.from_pretrained(source)
-    if target is not None:
+    model = read_run(source, merged=to != "peft") if run else mmjax.from_pretrained(source)
+    if args.adapter is not None:
+        load_adapter(model, args.adapter, architecture=args.architecture)
+    if to == "peft":
+        if run:
+            _check_adapters_only(model, source)
+        save_adapter(
+            model,
+            target,
+            base=args.base,
+            architecture=args.architecture,
+            overwrite=args.overwrite,
+        )
+    elif target is not None:
         with _companions(source, args.like) as companions:
             if to == "orbax":
                 write_orbax(model, target, args.dtype, companions)
             else:
                 _to_hf(model, target, args, companions)
+    if target is not None:
         print(f"{target} is written ({to}).", flush=True)
     if args.verify:
         return _verify(model, source, target, to)
@@ -73,8 +95,10 @@ def write_orbax(model, directory: Path, dtype: str | None, companions: Path | No
 
     from mmjax.convert.save import copy_companions, whole_directory
     from mmjax.models import MODELS
+    from mmjax.nn import lora
     from mmjax.params import split
 
+    model = lora.merge(model)
     names = [name for name in MODELS if MODELS[name][1] is type(model)]
     if not names:
         raise ConfigError(
@@ -125,6 +149,25 @@ def _to_hf(model, target: Path, args: argparse.Namespace, companions: Path | Non
         max_shard_size=int(args.max_shard_gb * 10**9),
         overwrite=args.overwrite,
     )
+
+
+def _check_adapters_only(model, source: Path) -> None:
+    """Raises ConfigError if a run trained what its adapters do not hold."""
+    from mmjax import rules
+    from mmjax.nn.lora import is_adapter
+    from mmjax.params import split
+
+    content = json.loads((source / "config.json").read_text("utf-8"))
+    table = content["rules"]["trainable"]
+    trained = rules.match(table, split(model)[1], name="rules.trainable")
+    others = [path for path in trained if trained[path] and not is_adapter(path)]
+    if others:
+        raise ConfigError(
+            f"{source} trained parameters besides its adapters, which a directory of PEFT does not "
+            "hold:\n"
+            + "\n".join(f"  {path}" for path in others[:20])
+            + "\nWrite the merged model: --to hf."
+        )
 
 
 def _check_target(source: Path, target: Path, *, overwrite: bool) -> None:

@@ -8,6 +8,7 @@ from mmjax.convert.load import (
     model_config,
     open_checkpoint,
 )
+from mmjax.convert.peft import load_adapter, save_adapter
 from mmjax.convert.save import save_pretrained
 from mmjax.convert.table import ConversionError, Row
 
@@ -20,8 +21,10 @@ __all__ = [
     "Row",
     "Source",
     "from_pretrained",
+    "load_adapter",
     "load_params",
     "model_config",
     "open_checkpoint",
+    "save_adapter",
     "save_pretrained",
 ]

@@ -47,6 +47,8 @@ class Family:
       rows: config of our module -> the table of modules.
       renames: (regular expression, replacement) pairs, applied one after the other, that lead
         from names of older checkpoints to those that transformers writes today.
+      module_names: pairs like `renames` that lead from today's names of tensors to those by which a
+        model of transformers has them, where it writes others.
       ignored: config of our module -> patterns over whole canonical names of tensors that are
         knowingly not used.
       aliases: further class names whose checkpoints this family reads (their heads being ignored).
@@ -59,6 +61,7 @@ class Family:
     to_hf: Callable[[Any], PretrainedConfig]
     rows: Callable[[Any], Sequence[Row]]
     renames: Sequence[tuple[str, str]] = ()
+    module_names: Sequence[tuple[str, str]] = ()
     ignored: Callable[[Any], Sequence[str]] = lambda config: ()
     aliases: Sequence[str] = ()
     variants: Mapping[type, type[nnx.Module]] = dataclasses.field(default_factory=dict)

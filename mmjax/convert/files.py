@@ -140,6 +140,15 @@ def open_directory(directory: Path) -> SafetensorsReader:
     return SafetensorsReader(str(directory), places)
 
 
+def open_file(file: Path) -> SafetensorsReader:
+    """The tensors of one file.
+
+    Raises:
+      ConversionError: if it is damaged.
+    """
+    return SafetensorsReader(str(file), _header(file))
+
+
 def _indexed(directory: Path) -> dict[Path, list[str]]:
     try:
         weight_map = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
@@ -249,7 +258,7 @@ def write_directory(
     if len(shards) > 1:
         names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
-        _write_file(directory / name, shard, write=write)
+        write_file(directory / name, shard, write=write)
     if len(shards) > 1 and write:
         index = {
             "metadata": {"total_size": sum(item.size for item in items)},
@@ -260,7 +269,8 @@ def write_directory(
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_file(file: Path, items: Iterable[Item], *, write: bool) -> None:
+def write_file(file: Path, items: Iterable[Item], *, write: bool) -> None:
+    """Writes one file; `write` as in `write_directory`."""
     # Wide types first: every tensor is then aligned to its own type, as the format wants.
     items = sorted(items, key=lambda item: -item.dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -23,6 +23,7 @@ from mmjax.convert.family import Family, Origin, Source, families, transformers_
 from mmjax.convert.files import Item, write_directory
 from mmjax.convert.load import CONFIG, with_fields
 from mmjax.convert.table import ConversionError, Entry, lay_out
+from mmjax.nn import lora
 from mmjax.params import split
 
 if TYPE_CHECKING:
@@ -74,8 +75,9 @@ def save_pretrained(
     """Writes a directory that transformers, and whoever reads its format, loads.
 
     A model that was read from a checkpoint keeps the class, the further entries of `config.json`
-    and the companions of its origin (tokenizer, preprocessing). The directory appears whole or not
-    at all. With several processes all call this, and the first writes.
+    and the companions of its origin (tokenizer, preprocessing). Adapters (LoRA) are merged into
+    their kernels. The directory appears whole or not at all. With several processes all call this,
+    and the first writes.
 
     Args:
       architecture: the class in transformers; None for the origin's, or the first that fits.
@@ -89,11 +91,8 @@ def save_pretrained(
       ConversionError: if no class of transformers computes what this model does.
     """
     directory = Path(directory).absolute()
-    if not overwrite and directory.exists() and (directory.is_file() or any(directory.iterdir())):
-        raise FileExistsError(
-            f"{directory} is there already and nothing was written: choose another directory, or "
-            "say that it may be replaced (overwrite)."
-        )
+    refuse_existing(directory, overwrite=overwrite)
+    model = lora.merge(model)
     _, params = split(model)
     origin: Origin | None = vars(model).get("origin")
     name, entries, content = describe(model, params, origin, architecture)
@@ -111,6 +110,15 @@ def save_pretrained(
             source = like if like is not None else origin and origin.directory
             if source is not None and Path(source).is_dir():
                 copy_companions(Path(source), scratch)
+
+
+def refuse_existing(directory: Path, *, overwrite: bool) -> None:
+    """Raises FileExistsError if something is there already that may not be replaced."""
+    if not overwrite and directory.exists() and (directory.is_file() or any(directory.iterdir())):
+        raise FileExistsError(
+            f"{directory} is there already and nothing was written: choose another directory, or "
+            "say that it may be replaced (overwrite)."
+        )
 
 
 def describe(

@@ -31,6 +31,12 @@ RENAMES = (
     (r"^language_model\.(?!model\.|lm_head\.)", "language_model.model."),
     (r"^vision_tower\.vision_model\.", "vision_tower."),
 )
+# And back: where its modules are.
+MODULE_NAMES = (
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
+)
 KEPT, TAKEN = "full", "default"  # what is done with the class token
 
 
@@ -114,6 +120,7 @@ FAMILIES.register("LlavaForConditionalGeneration")(
         to_hf=to_hf,
         rows=rows,
         renames=RENAMES,
+        module_names=MODULE_NAMES,
         ignored=ignored,
     )
 )

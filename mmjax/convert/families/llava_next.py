@@ -48,6 +48,7 @@ FAMILIES.register("LlavaNextForConditionalGeneration")(
         to_hf=to_hf,
         rows=llava.rows,
         renames=llava.RENAMES,
+        module_names=llava.MODULE_NAMES,
         ignored=llava.ignored,
     )
 )

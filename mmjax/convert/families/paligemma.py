@@ -12,7 +12,7 @@ from typing import Any
 
 from mmjax.connectors import LinearConfig
 from mmjax.convert.families._vlm import expect_connector, language_model, tower
-from mmjax.convert.families.llava import RENAMES
+from mmjax.convert.families.llava import MODULE_NAMES, RENAMES
 from mmjax.convert.family import FAMILIES, Family, Source
 from mmjax.convert.kinds import LINEAR
 from mmjax.convert.table import Row
@@ -84,6 +84,7 @@ FAMILIES.register("PaliGemmaForConditionalGeneration")(
         to_hf=to_hf,
         rows=rows,
         renames=RENAMES,
+        module_names=MODULE_NAMES,
         ignored=ignored,
     )
 )
