@@ -97,6 +97,7 @@ class VLMProcessor(Processor):
 
     Attributes:
       sight: how images become pictures and places.
+      token_id: what stands at visual places.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class VLMProcessor(Processor):
         self.sight = sight
         self._side = sight.side
         self._template = template
-        self._token_id = tokenizer.convert_tokens_to_ids(sight.token)
+        self.token_id = tokenizer.convert_tokens_to_ids(sight.token)
 
     def __call__(
         self,
@@ -167,6 +168,11 @@ class VLMProcessor(Processor):
             if texts is not None:
                 batch["place"] = self._places(batch["tokens"], plans)
         return batch
+
+    @property
+    def chat_template(self) -> str | None:
+        """Of the directory's processor, or of its tokenizer; None where neither has one."""
+        return self._template or self._tokenizer().chat_template
 
     def apply_chat_template(
         self,
@@ -273,7 +279,7 @@ class VLMProcessor(Processor):
                 arrays = [piece for piece in plan.pieces if not isinstance(piece, str)]
                 places += [np.where(a < 0, a, a + before * self.sight.tokens) for a in arrays]
                 before += plan.pictures
-            here, there = ids == self._token_id, np.concatenate(places)
+            here, there = ids == self.token_id, np.concatenate(places)
             if here.sum() != there.size:
                 raise ValueError(
                     f"A text has {here.sum()} visual tokens where its images have {there.size}: "
@@ -294,7 +300,7 @@ class VLMProcessor(Processor):
 
     def _check_ids(self, tokens: np.ndarray) -> None:
         # What stands at the place of an image is not looked up.
-        super()._check_ids(np.where(tokens == self._token_id, 0, tokens))
+        super()._check_ids(np.where(tokens == self.token_id, 0, tokens))
 
 
 def _images_of(conversation: Sequence[Mapping[str, Any]]) -> list[ImageInput]:

@@ -61,7 +61,7 @@ def from_hf(source: Source, **fields: Any) -> VLMConfig:
             activation=activation(hf.projector_hidden_act, "projector_hidden_act"),
             bias=hf.multimodal_projector_bias,
         ),
-        # It has the head, so that it says whether there is one.
+        # The whole has the head, and says whether it is the token table.
         lm=dataclasses.replace(lm, tied=hf.tie_word_embeddings),
         image_token=hf.image_token_index,
         features=feature_blocks(hf.vision_feature_layer, encoder.depth),
@@ -71,13 +71,8 @@ def from_hf(source: Source, **fields: Any) -> VLMConfig:
 
 
 def options(config: VLMConfig) -> dict[str, Any]:
-    """The inverse of `from_hf`.
-
-    Raises:
-      ValueError: if the connector is of another kind.
-    """
+    """The inverse of `from_hf`."""
     connector = config.connector
-    expect_connector(connector, MLPConfig)
     kept = config.class_token or not config.encoder.prefix
     return {
         "vision_config": ENCODER.to_hf(config.encoder),
@@ -99,10 +94,13 @@ def to_hf(config: VLMConfig) -> Any:
 
 
 def rows(config: VLMConfig) -> Sequence[Row]:
+    expect_connector(config.connector, MLPConfig)
     return (
         *ENCODER.rows(config.encoder),
-        Row("multi_modal_projector.linear_1", "connector/linears/0", LINEAR),
-        Row("multi_modal_projector.linear_2", "connector/linears/1", LINEAR),
+        *(
+            Row(f"multi_modal_projector.linear_{layer + 1}", f"connector/linears/{layer}", LINEAR)
+            for layer in range(config.connector.layers)
+        ),
         Row("image_newline", "newline", ARRAY),  # of LLaVA-NeXT
         *TEXT.rows(config.lm),
     )

@@ -52,7 +52,6 @@ def from_hf(source: Source) -> VLMConfig:
 def to_hf(config: VLMConfig) -> Any:
     from transformers import PaliGemmaConfig
 
-    expect_connector(config.connector, LinearConfig)
     return PaliGemmaConfig(
         vision_config=ENCODER.to_hf(config.encoder),
         text_config=TEXT.to_hf(config.lm),
@@ -65,6 +64,7 @@ def to_hf(config: VLMConfig) -> Any:
 
 
 def rows(config: VLMConfig) -> Sequence[Row]:
+    expect_connector(config.connector, LinearConfig)
     return (
         *ENCODER.rows(config.encoder),
         Row("multi_modal_projector.linear", "connector/projection", LINEAR),
