@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
-from mmjax.data.image import CorruptImageError, open_image
+from mmjax.data.image import CorruptImageError, is_turned, open_image
 from mmjax.data.records import BadRecordError, get_field
 from mmjax.registry import Registry
 
@@ -153,10 +153,8 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _size_of(image: Image.Image) -> tuple[int, int]:
-    try:
-        lying = image.getexif().get(_ORIENTATION) in _LYING
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError):
-        lying = False  # damaged metadata around sound pixels
+    # `getexif` alone would decode a PNG in search of metadata behind its pixels.
+    lying = is_turned(image) and image.getexif()[_ORIENTATION] in _LYING
     return (image.height, image.width) if lying else image.size
 
 

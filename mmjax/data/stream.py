@@ -37,7 +37,7 @@ from mmjax.data.records import BadRecordError
 from mmjax.data.sources import Source
 from mmjax.data.spec import DataSpec, conversation_fields
 from mmjax.data.tokenizer import Tokenizer
-from mmjax.data.visual import TEXT
+from mmjax.data.visual import TEXT, Plan
 
 # Windows that are remembered; those that are needed again are made again.
 _REMEMBERED = 16
@@ -163,46 +163,45 @@ class ConversationMaker:
         conversation: Conversation,
         pieces: Sequence[Piece],
     ) -> Sample:
-        tokens, places, learnt, pictures = [], [], [], 0
+        parts: list[tuple[np.ndarray, bool]] = []
+        visual: list[tuple[int, np.ndarray]] = []
+        length = pictures = 0
         for piece in pieces:
-            if isinstance(piece.part, Picture):
-                parts, count = self._visual(conversation.images[piece.part], pictures)
-                pictures += count
-            else:
-                ids = self._chat.encode(piece)
-                parts = [(ids, np.full(len(ids), TEXT, np.int32))]
-            for ids, place in parts:
-                tokens.append(ids)
-                places.append(place)
-                learnt.append(np.full(len(ids), piece.learnt))
-        whole = np.concatenate(learnt)
-        whole[0] = False  # nothing comes before it that it could be predicted from
+            if not isinstance(piece.part, Picture):
+                parts.append((self._chat.encode(piece), piece.learnt))
+                length += len(parts[-1][0])
+                continue
+            plan = self._plan(conversation.images[piece.part])
+            for some in plan.pieces:
+                if isinstance(some, str):
+                    ids = self._chat.markers(some)
+                else:
+                    ids = np.full(len(some), self._said.image_token, np.int32)
+                    visual.append((length, _moved(some, pictures * self._said.layout.tokens)))
+                parts.append((ids, False))
+                length += len(ids)
+            pictures += plan.pictures
+        ids, flags = zip(*parts, strict=True)
+        learnt = np.repeat(flags, [len(some) for some in ids])
+        learnt[0] = False  # nothing comes before it that it could be predicted from
+        place = np.full(length, TEXT, np.int32)
+        for at, places in visual:
+            place[at : at + len(places)] = places
         return Sample(
             name=name,
             record=record,
-            tokens=np.concatenate(tokens),
-            learnt=whole,
-            place=np.concatenate(places),
+            tokens=np.concatenate(ids),
+            learnt=learnt,
+            place=place,
             pictures=pictures,
             images=conversation.images,
             cut=False,
         )
 
-    def _visual(self, image: Any, before: int) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
-        """What stands for an image: (tokens, places) after `before` pictures; and its pictures."""
-        layout = self._said.layout
-        if layout is None:
+    def _plan(self, image: Any) -> Plan:
+        if self._said.layout is None:
             raise BadRecordError("it has an image, but data conversation has no layout")
-        plan = layout.plan(*upright_size(image))
-        parts = []
-        for piece in plan.pieces:
-            if isinstance(piece, str):
-                ids = self._chat.markers(piece)
-                parts.append((ids, np.full(len(ids), TEXT, np.int32)))
-            else:
-                ids = np.full(len(piece), self._said.image_token, np.int32)
-                parts.append((ids, _moved(piece, before * layout.tokens)))
-        return parts, plan.pictures
+        return self._said.layout.plan(*upright_size(image))
 
     def pictures(self, sample: Sample, seed: int | None = None) -> list[np.ndarray]:
         """The pictures of a sample's images, each [pictures, H, W, 3] float32.
