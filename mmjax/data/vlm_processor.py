@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from mmjax.data import anyres
+from mmjax.data import anyres, idefics3
 from mmjax.data.image import PRESETS
 from mmjax.data.image_options import ProcessorConfigError
 from mmjax.data.image_processor import ImageInput, ImageProcessor
@@ -86,6 +86,8 @@ CLASS_OF_MODEL = {
     "llava": "LlavaProcessor",
     "llava_next": "LlavaNextProcessor",
     "paligemma": "PaliGemmaProcessor",
+    "idefics3": "Idefics3Processor",
+    "smolvlm": "SmolVLMProcessor",
 }
 
 
@@ -464,4 +466,45 @@ def _paligemma(facts: Facts) -> Sight:
         inserted=True,
         prompt=prompt,
         special_tokens=False,
+    )
+
+
+def _longest_edge(name: str, value: Mapping[str, int]) -> int:
+    """Of a size that says nothing else.
+
+    Raises:
+      ProcessorConfigError: if it does.
+    """
+    if set(value) != {"longest_edge"}:
+        raise ProcessorConfigError(f"{name} is {value!r}: expected longest_edge, in pixels.")
+    return value["longest_edge"]
+
+
+@PROCESSORS.register("Idefics3Processor")
+@PROCESSORS.register("SmolVLMProcessor")
+def _idefics3(facts: Facts) -> Sight:
+    options = dict(facts.images)
+    longest = _longest_edge("size", options.pop("size", {"longest_edge": 4 * 364}))
+    side = _longest_edge("max_image_size", options.pop("max_image_size", {"longest_edge": 364}))
+    idefics3.check_longest(longest)
+    split = options.pop("do_image_splitting", True)
+    options.pop("do_pad", None)  # pads numbers of tiles, as is always done here
+    options.pop("video_sampling", None)  # of SmolVLM's videos
+    if not options.pop("do_resize", True):
+        raise ProcessorConfigError("do_resize=False: images of Idefics3 are always scaled.")
+    defaults = {"resample": PRESETS["idefics3"].resample}
+    square = {"size": {"height": side, "width": side}}
+    images = ImageProcessor("SiglipImageProcessor", defaults | options | square)
+    picture_side(images, facts.model)  # the model's, or an error
+    resample, model = images.options.resample, facts.model
+    there = None
+    if model is not None:
+        there = (side // model.vision_config.patch_size) ** 2 // model.scale_factor**2
+    tokens = agreed("image_seq_len", facts.processor.get("image_seq_len"), there)
+    return Sight(
+        images,
+        (side, side),
+        tokens,
+        lambda width, height: idefics3.lay_out(width, height, longest, side, tokens, split),
+        lambda image: idefics3.cut(image, longest, side, split, resample),
     )

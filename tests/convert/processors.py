@@ -54,16 +54,23 @@ def save(directory, processor, config=None):
     return directory
 
 
-def check(directory, theirs: Any, images: list[list[Image.Image]], texts: list[str]) -> dict:
+def check(
+    directory,
+    theirs: Any,
+    images: list[list[Image.Image]],
+    texts: list[str],
+    by_row: bool = False,
+) -> dict:
     """Our batch, which is that of transformers.
 
     Args:
       theirs: the processor of transformers that is saved in the directory.
       images: of each text.
+      by_row: whether its pixels are by row, and not by image.
     """
     flat = [image for group in images for image in group]
     given = {"text": texts, "padding": True, "padding_side": "left", "return_tensors": "np"}
-    wanted = theirs(images=flat, **given)
+    wanted = theirs(images=images if by_row else flat, **given)
     processor = load_processor(directory)
     batch = processor(images=flat, text=texts)
     for name, value in processor(images=images, text=texts).items():
@@ -72,6 +79,10 @@ def check(directory, theirs: Any, images: list[list[Image.Image]], texts: list[s
     np.testing.assert_array_equal(batch["tokens"], wanted["input_ids"])
     np.testing.assert_array_equal(batch["mask"], wanted["attention_mask"].astype(bool))
     np.testing.assert_array_equal(batch["place"] != -1, batch["tokens"] == processor.token_id)
+    if by_row:
+        expected = wanted["pixel_values"].transpose(0, 1, 3, 4, 2)
+        np.testing.assert_array_equal(batch["images"], expected)
+        return batch
     pixels = iter(wanted["pixel_values"])
     for row, group in zip(batch["images"], images, strict=True):
         start = 0
