@@ -1,5 +1,6 @@
 """Text from language models: compiled prefill and decoding, sampling, beam search."""
 
 from mmjax.generation.generator import Generated, Generator, generate
+from mmjax.generation.printing import Printer
 
-__all__ = ["Generated", "Generator", "generate"]
+__all__ = ["Generated", "Generator", "Printer", "generate"]

@@ -12,6 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import mmjax
 from experiments import common, generate
 from mmjax import params
+from mmjax.evaluate.chat import end_tokens
+from mmjax.generation import Printer
 from mmjax.models.lm import LM, LMConfig
 from mmjax.nn.rope import Rope
 
@@ -95,14 +97,14 @@ def test_end_tokens_come_from_the_generation_config(directory):
     before = file.read_text() if file.exists() else None
     try:
         file.write_text(json.dumps({"eos_token_id": [5, 6]}))
-        assert generate.end_tokens(directory, model, tokenizer) == [5, 6]
+        assert end_tokens(directory, model, tokenizer) == [5, 6]
     finally:
         file.unlink() if before is None else file.write_text(before)
 
 
 def test_printer_waits_for_whole_characters(capsys):
     data = "a é日🎉.".encode()
-    printer = generate.Printer(lambda ids: bytes(ids).decode(errors="replace"))
+    printer = Printer(lambda ids: bytes(ids).decode(errors="replace"))
     written = []
     for byte in data:
         printer([[byte]])

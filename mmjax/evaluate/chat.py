@@ -1,0 +1,411 @@
+"""Talking with a model: what is said becomes prompts, and the tokens it writes become text.
+
+    speaker = open_speaker(directory)
+    dialogue = Dialogue(speaker)
+    print(dialogue.say("What is this?", images=["cat.png"], max_new_tokens=64))
+    print(dialogue.say("What colour is it?", max_new_tokens=64))
+
+How a model is spoken to is said by a `Speech`: of a Hugging Face directory by its processor or
+tokenizer, of a run of our own by the template and the layout that it was trained with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from mmjax import convert
+from mmjax.data.conversations import MARKER, Conversation, Turn
+from mmjax.data.processor import check_vocabulary, load_processor
+from mmjax.data.spec import parse
+from mmjax.data.stream import ConversationMaker, Drawn
+from mmjax.data.tokenizer import Tokenizer, build_tokenizer
+from mmjax.data.vlm_processor import VLMProcessor
+from mmjax.generation import Generated, Generator, Printer
+from mmjax.models.vlm import TEXT
+
+# Lengths of the rows of training are no limit of the model.
+_NO_LIMIT = 10**9
+# Stands where the model will answer.
+_ANSWER = Turn("assistant", ("?",))
+
+
+class Prompt(NamedTuple):
+    """A text for the model; see `Generator.__call__`.
+
+    Attributes:
+      ids: [T] int32, up to where the model goes on.
+      place: [T] int32, which visual token stands where.
+      images: [I, H, W, C] float32, or nothing.
+    """
+
+    ids: np.ndarray
+    place: np.ndarray
+    images: np.ndarray | Sequence[Any] = ()
+
+
+class Speech(Protocol):
+    """How a model is spoken to.
+
+    Attributes:
+      ends: tokens that end what the model says.
+      lead: what stands between images and the words about them, where those do not say it.
+    """
+
+    ends: Sequence[int]
+    lead: str
+
+    def prompt(self, conversation: Conversation) -> Prompt:
+        """Of a conversation that ends with the user's turn, up to where the answer begins.
+
+        Raises:
+          ValueError: on what the model cannot be told.
+        """
+
+    def text(self, text: str, images: Sequence[Any]) -> Prompt:
+        """Of a text that the model is to continue, with a marker for each image.
+
+        Raises:
+          ValueError: as `prompt`.
+        """
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens."""
+
+
+class Speaker:
+    """A model that is spoken to.
+
+    Args:
+      model: of language, or one that sees as well.
+      speech: how it is spoken to.
+      mesh: devices to generate on; see `Generator`.
+
+    Attributes:
+      sees: whether it takes images.
+      speech: as given.
+    """
+
+    def __init__(self, model: nnx.Module, speech: Speech, *, mesh: Mesh | None = None):
+        self.speech = speech
+        self.sees: bool = model.takes_images
+        self._generator = Generator(model, mesh=mesh)
+
+    def __call__(self, prompts: Sequence[Prompt], **options: Any) -> Generated:
+        """What follows the prompts; see `Generator.__call__` for the options."""
+        given: dict[str, Any] = {}
+        if self.sees:
+            given["images"] = [prompt.images for prompt in prompts]
+            given["place"] = [prompt.place for prompt in prompts]
+        return self._generator(
+            [prompt.ids for prompt in prompts],
+            **given,
+            eos_id=self.speech.ends,
+            decode=self.speech.decode,
+            **options,
+        )
+
+    def texts(self, generated: Generated) -> list[str]:
+        rows = zip(generated.tokens, generated.lengths, strict=True)
+        return [self.speech.decode(row[:length].tolist()) for row, length in rows]
+
+    def turn(self, text: str, images: int, *, first: int = 0) -> Turn:
+        """The user's words about images, which stand where the markers are, or before the words.
+
+        Args:
+          text: with a marker "<image>" for each image, or with none.
+          images: how many they are.
+          first: number of the first of them in the conversation.
+
+        Raises:
+          ValueError: if there are images for a model that takes none, or another number of markers.
+        """
+        if images and not self.sees:
+            raise ValueError("The model takes no images: it reads text alone.")
+        return user_turn(text, images, first=first, lead=self.speech.lead if self.sees else None)
+
+
+def user_turn(text: str, images: int, *, first: int, lead: str | None) -> Turn:
+    """See `Speaker.turn`.
+
+    Args:
+      lead: what stands between images and the words about them; None: markers mean nothing.
+
+    Raises:
+      ValueError: if markers and images are not as many.
+    """
+    pieces = [text] if lead is None else text.split(MARKER)
+    if len(pieces) == 1:
+        return Turn("user", (*range(first, first + images), lead + text if images else text))
+    if len(pieces) - 1 != images:
+        raise ValueError(
+            f"The text has {len(pieces) - 1} places {MARKER!r} for {images} image(s): put one where "
+            "each image belongs, or none to have the images first."
+        )
+    parts: list[str | int] = [pieces[0]]
+    for number, piece in enumerate(pieces[1:], start=first):
+        parts += [number, piece]
+    return Turn("user", tuple(part for part in parts if part != ""))
+
+
+class Dialogue:
+    """A conversation with a model, turn by turn.
+
+    Args:
+      speaker: the model.
+      system: what it is told before the first turn; "" for nothing, or the template's default.
+
+    Attributes:
+      turns: what was said so far.
+      images: what was shown so far.
+    """
+
+    def __init__(self, speaker: Speaker, system: str = ""):
+        self._speaker = speaker
+        self.turns: tuple[Turn, ...] = (Turn("system", (system,)),) if system else ()
+        self.images: tuple[Any, ...] = ()
+
+    def say(
+        self,
+        text: str,
+        images: Sequence[Any] = (),
+        *,
+        stream: bool | Callable[[str], None] = False,
+        **options: Any,
+    ) -> str:
+        """The answer. If there is none, because of an error, nothing was said.
+
+        Args:
+          text: see `Speaker.turn`.
+          images: paths, encoded bytes or PIL images.
+          stream: True prints the answer as it comes; a function is called with its pieces. The last
+            of them is a line end.
+          options: of `Generator.__call__`; max_new_tokens is one.
+
+        Raises:
+          ValueError: on what the model cannot be told, and options that contradict each other.
+        """
+        said = self._speaker.turn(text, len(images), first=len(self.images))
+        turns, seen = (*self.turns, said), (*self.images, *images)
+        prompt = self._speaker.speech.prompt(Conversation(turns, seen))
+        printer = None
+        if stream:
+            printer = Printer(self._speaker.speech.decode, None if stream is True else stream)
+        (answer,) = self._speaker.texts(self._speaker([prompt], stream=printer, **options))
+        if printer is not None:
+            printer.finish()
+        self.turns, self.images = (*turns, Turn("assistant", (answer,))), seen
+        return answer
+
+
+class TokenizerSpeech:
+    """Of language models.
+
+    Args:
+      tokenizer: of transformers.
+      ends: tokens that end a text.
+    """
+
+    lead = ""
+
+    def __init__(self, tokenizer: Any, ends: Sequence[int]):
+        self._tokenizer = tokenizer
+        self.ends = ends
+
+    def prompt(self, conversation: Conversation) -> Prompt:
+        _check_template(self._tokenizer.chat_template)
+        messages = [{"role": turn.role, "content": turn.text} for turn in conversation.turns]
+        text = self._tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        return _without_images(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def text(self, text: str, images: Sequence[Any]) -> Prompt:
+        return _without_images(self._tokenizer(text)["input_ids"])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+class ProcessorSpeech:
+    """Of models that see, by the processor of their directory.
+
+    Args:
+      processor: see `mmjax.load_processor`.
+      ends: tokens that end a text.
+    """
+
+    lead = ""
+
+    def __init__(self, processor: VLMProcessor, ends: Sequence[int]):
+        self._processor = processor
+        self.ends = ends
+        self.decode = processor.decode
+
+    def prompt(self, conversation: Conversation) -> Prompt:
+        _check_template(self._processor.chat_template)
+        messages = [
+            {
+                "role": turn.role,
+                "content": [
+                    {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+                    for part in turn.parts
+                ],
+            }
+            for turn in conversation.turns
+        ]
+        batch = self._processor.apply_chat_template(
+            messages, images=[list(conversation.images)], add_generation_prompt=True
+        )
+        return _first_row(batch)
+
+    def text(self, text: str, images: Sequence[Any]) -> Prompt:
+        return _first_row(self._processor(images=[list(images)], text=[text]))
+
+
+class RunSpeech:
+    """Of the models of runs, as their data was rendered; longer conversations are no error.
+
+    Args:
+      train: `config.data.train` of the run.
+      tokenizer: of the run.
+
+    Raises:
+      ValueError: if the run was not trained on conversations.
+    """
+
+    # So have the data's forms it.
+    lead = "\n"
+
+    def __init__(self, train: Mapping[str, Any], tokenizer: Tokenizer | None):
+        spec = parse(train)
+        if spec.conversation is None:
+            raise ValueError("The run was not trained on conversations: it writes no text.")
+        said = dataclasses.replace(
+            spec.conversation,
+            max_len=_NO_LIMIT,
+            images=_NO_LIMIT if spec.conversation.layout is not None else 0,
+            max_targets=None,
+            lengths=(),
+            too_long="skip",
+        )
+        self._maker = ConversationMaker(dataclasses.replace(spec, conversation=said), [], tokenizer)
+        self._tokenizer = tokenizer
+        answer = self._maker.learnt(self._maker.render(Conversation((_ANSWER,))))
+        self.ends = sorted({int(answer[-1]), tokenizer.eos_id} - {None})
+
+    def prompt(self, conversation: Conversation) -> Prompt:
+        whole = Conversation((*conversation.turns, _ANSWER), conversation.images)
+        drawn = Drawn("The conversation", whole, self._maker.render(whole))
+        sample = self._maker.encode(drawn, (0, 0, None))
+        # Answers are learnt, and what stands between them is not.
+        after = np.flatnonzero(~sample.learnt[: np.flatnonzero(sample.learnt)[-1]])[-1] + 1
+        pictures = self._maker.pictures(sample)
+        images = np.concatenate(pictures) if pictures else ()
+        return Prompt(sample.tokens[:after], sample.place[:after], images)
+
+    def text(self, text: str, images: Sequence[Any]) -> Prompt:
+        turn = user_turn(text, len(images), first=0, lead=self.lead if images else None)
+        return self.prompt(Conversation((turn,), tuple(images)))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids)
+
+
+def _check_template(template: Any) -> None:
+    if template is None:
+        raise ValueError(
+            "The model has no chat template, and so no form for a conversation: let it continue a "
+            "text instead."
+        )
+
+
+def _without_images(ids: Sequence[int]) -> Prompt:
+    return Prompt(np.asarray(ids, np.int32), np.full(len(ids), TEXT, np.int32))
+
+
+def _first_row(batch: dict[str, Any]) -> Prompt:
+    here = batch["mask"][0]
+    ids = batch["tokens"][0][here]
+    if "images" not in batch:
+        return _without_images(ids)
+    return Prompt(ids, batch["place"][0][here], batch["images"][0])
+
+
+def open_speaker(
+    weights: str | Path, *, dtype: str | None = None, mesh: Mesh | None = None
+) -> Speaker:
+    """The model in a directory, ready to be spoken to.
+
+    Args:
+      weights: a directory of Hugging Face format, a GGUF file, or the work directory of a run.
+      dtype: of the computation; float32 if None. A run computes in the type of its config.
+      mesh: devices to generate on.
+
+    Raises:
+      ValueError: not a model that writes text, or no tokenizer for it; the message says what.
+    """
+    path = Path(weights).expanduser()
+    if (path / "checkpoints").is_dir():
+        return _open_run(path, dtype, mesh)
+    model = convert.from_pretrained(path, dtype=dtype or "float32", mesh=mesh)
+    if not hasattr(model, "encoder_decoder"):
+        raise ValueError(f"{path} holds a model that writes no text: {type(model).__name__}.")
+    if path.is_file():
+        from mmjax.convert.gguf_tokenizer import read_tokenizer
+
+        return Speaker(model, _tokenizer_speech(path, model, read_tokenizer(path)), mesh=mesh)
+    processor = load_processor(path)
+    if processor.tokenizer is None:
+        raise ValueError(f"{path} holds no tokenizer, so that it can read no prompt.")
+    if not model.takes_images:
+        return Speaker(model, _tokenizer_speech(path, model, processor.tokenizer), mesh=mesh)
+    if not isinstance(processor, VLMProcessor):
+        raise ValueError(
+            f"{path} holds a model that sees, but nothing that prepares images for it: its "
+            "processor_config.json (or preprocessor_config.json) is missing."
+        )
+    ends = end_tokens(path, model, processor.tokenizer)
+    return Speaker(model, ProcessorSpeech(processor, ends), mesh=mesh)
+
+
+def _tokenizer_speech(path: Path, model: nnx.Module, tokenizer: Any) -> TokenizerSpeech:
+    check_vocabulary(tokenizer, model.config.vocab_size)
+    return TokenizerSpeech(tokenizer, end_tokens(path, model, tokenizer))
+
+
+def _open_run(directory: Path, dtype: str | None, mesh: Mesh | None) -> Speaker:
+    from mmjax.train.runs import CONFIG, read_run
+
+    if dtype is not None:
+        raise ValueError("A run computes in the type of its config: leave dtype out.")
+    if not (directory / CONFIG).is_file():
+        raise ValueError(
+            f"{directory} holds weights alone (what experiments.convert wrote as Orbax): give the "
+            "directory of Hugging Face format, or the work directory of the run."
+        )
+    data = json.loads((directory / CONFIG).read_text("utf-8"))["data"]
+    speech = RunSpeech(data["train"], build_tokenizer(data, directory))
+    return Speaker(read_run(directory), speech, mesh=mesh)
+
+
+def end_tokens(weights: Path, model: nnx.Module, tokenizer: Any) -> list[int]:
+    """The tokens that end a text: of the generation config, else of the config or tokenizer."""
+    settings = Path(weights) / "generation_config.json"
+    generation = json.loads(settings.read_text("utf-8")) if settings.exists() else {}
+    config = json.loads(model.origin.config)
+    said = [
+        generation.get("eos_token_id"),
+        config.get("eos_token_id"),
+        config.get("text_config", {}).get("eos_token_id"),
+        tokenizer.eos_token_id,
+    ]
+    ends = next((ids for ids in said if ids is not None), [])
+    return ends if isinstance(ends, list) else [ends]
