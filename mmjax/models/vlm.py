@@ -120,6 +120,14 @@ class VLMOutput(NamedTuple):
     hidden: Array
 
 
+class Packing(NamedTuple):
+    """Several samples in a row; see `VLM.run`. None: there is one in each."""
+
+    segments: Array | None = None
+    parents: Array | None = None
+    positions: Array | None = None
+
+
 class VLM(nnx.Module):
     """tokens [B, T], images [B, I, H, W, C] -> logits [B, T, V]. See `run`."""
 
@@ -156,6 +164,7 @@ class VLM(nnx.Module):
         *,
         place: Int[Array, "b t"] | None = None,
         segments: Int[Array, "b t"] | None = None,
+        parents: Int[Array, "b t"] | None = None,
         prefix: Bool[Array, "b t"] | None = None,
         text: Int[Array, "n l"] | None = None,
         text_mask: Bool[Array, "n l"] | None = None,
@@ -170,6 +179,8 @@ class VLM(nnx.Module):
             after the other; `TEXT` for text, `NEWLINE` for the learned newline. None: they stand,
             in order, where tokens are `config.image_token`.
           segments: samples packed in a row, numbered from 1; 0 is padding. Replaces `mask`.
+          parents: of each token's segment the one that it continues, 0 for none: several questions
+            about an image, each a segment, share the segment of the image.
           prefix: tokens that see each other, where attention is "prefix"; None: all of them.
           text, text_mask: the questions, for connectors that read them, one for each image or clip.
 
@@ -178,13 +189,17 @@ class VLM(nnx.Module):
             option does not fit the model.
         """
         embeddings, place = self._embed(tokens, images, mask, place, text, text_mask)
+        positions = None
         if segments is not None:
-            mask = segments > 0
+            mask, positions = segments > 0, positions_of(segments, parents)
+        elif parents is not None:
+            raise ValueError("parents are those of segments: give both.")
+        packing = Packing(segments, parents, positions)
         out = self.lm.run(
             embeddings=embeddings,
             mask=mask,
-            attention=self._attention(tokens.shape[1], mask, segments, prefix, place),
-            positions=None if segments is None else positions_of(segments),
+            attention=self._attention(tokens.shape[1], mask, packing, prefix, place),
+            positions=positions,
         )
         return VLMOutput(out.logits, out.hidden)
 
@@ -242,7 +257,7 @@ class VLM(nnx.Module):
     ) -> tuple[Float[Array, "b v"], Cache | T5Cache]:
         """Read the prompts; see `LM.prefill`, and `run` for images and what goes with them."""
         embeddings, place = self._embed(tokens, images, mask, place, text, text_mask)
-        attention = self._attention(tokens.shape[1], mask, None, None, place)
+        attention = self._attention(tokens.shape[1], mask, Packing(), None, place)
         return self.lm.prefill(
             None, mask, length=length, embeddings=embeddings, attention=attention
         )
@@ -296,7 +311,7 @@ class VLM(nnx.Module):
         self,
         length: int,
         mask: Array | None,
-        segments: Array | None,
+        packing: Packing,
         prefix: Array | None,
         place: Array | None,
     ) -> masks.Mask | None:
@@ -304,6 +319,7 @@ class VLM(nnx.Module):
         kind, window = self.config.attention, self.config.lm.window
         if prefix is not None and kind != "prefix":
             raise ValueError(f"A prefix has no meaning where attention is {kind!r}.")
+        segments = packing.segments
         group = mask if segments is None else segments
         if kind == "causal" and segments is None:
             return None
@@ -311,14 +327,17 @@ class VLM(nnx.Module):
             kind = "causal"
         if group is None:
             group = jnp.ones((1, length), bool)
+        options = dict(
+            group=group, window=window, parent=packing.parents, positions=packing.positions
+        )
         if kind == "causal":
-            return masks.blocks(jnp.ones_like(group, bool), group=group, window=window)
+            return masks.blocks(jnp.ones_like(group, bool), **options)
         if kind == "prefix":
             prefix = jnp.ones_like(group, bool) if prefix is None else prefix
-            return masks.prefix_lm(prefix, group=group, window=window)
+            return masks.prefix_lm(prefix, **options)
         per_image = self.config.image_tokens
         image = jnp.where(place >= 0, place // per_image + 1, 0)
-        return masks.image_blocks(image, group=group, window=window)
+        return masks.image_blocks(image, **options)
 
 
 class Seq2SeqVLM(VLM):
@@ -387,9 +406,19 @@ class Seq2SeqVLM(VLM):
         return self.lm.prefill(None, mask, length=length, embeddings=embeddings)
 
 
-def positions_of(segments: Int[Array, "b t"]) -> Int[Array, "b t"]:
-    """The place of each token in its own sample, of several packed in a row."""
+def positions_of(
+    segments: Int[Array, "b t"], parents: Int[Array, "b t"] | None = None
+) -> Int[Array, "b t"]:
+    """The place of each token in its own sample, of several packed in a row.
+
+    Args:
+      segments, parents: see `VLM.run`. What continues a parent is counted from its end.
+    """
     index = jnp.arange(segments.shape[1], dtype=jnp.int32)[None]
     before = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     starts = jnp.where(segments != before, index, 0)
-    return index - jax.lax.cummax(starts, axis=1)
+    positions = index - jax.lax.cummax(starts, axis=1)
+    if parents is None:
+        return positions
+    of_parent = (parents[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
+    return positions + jnp.sum(of_parent, axis=2, dtype=jnp.int32)

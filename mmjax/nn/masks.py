@@ -2,7 +2,7 @@
 
 A mask is not a matrix but two integers for each token. A query attends to a key if
 
-1. their groups are the same and not 0, and
+1. their groups are the same and not 0, or the key's group is the parent of the query's, and
 2. the key's order is not above the query's, and
 3. the key is less than `window` places behind the query (where there is a window), or in the same
    of several blocks.
@@ -16,7 +16,9 @@ big_vision's PaliGemma: within a block all tokens see each other, and blocks see
   blocks among single tokens      0 1 1 1 2 3   an image (1 1 1) within a causal stream
 
 Groups are the samples packed into one row (1 1 1 2 2), padding (0), or, across two streams, the
-image that a text token may look at. A query that may attend to nothing gets zeros.
+image that a text token may look at. A group with a parent sees that group as well: several
+questions (2 2 3 3, of parent 1) share what stands before them (1 1 1), and know nothing of each
+other. A query that may attend to nothing gets zeros.
 
 Bidirectional attention with no padding has no mask: None.
 """
@@ -24,7 +26,7 @@ Bidirectional attention with no padding has no mask: None.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +43,7 @@ class Labels(NamedTuple):
     group: Array | None = None
     order: Array | None = None
     position: Array | None = None  # place in the stream; for windows only
+    parent: Array | None = None  # of the group; 0 for none
 
 
 @jax.tree_util.register_dataclass
@@ -66,7 +69,10 @@ class Mask:
         key = jax.tree.map(lambda label: label[:, None, :], self.key)
         rules = []
         if query.group is not None:
-            rules.append((query.group == key.group) & (key.group > 0))
+            related = query.group == key.group
+            if query.parent is not None:
+                related = related | (query.parent == key.group)
+            rules.append(related & (key.group > 0))
         if query.order is not None:
             rules.append(query.order >= key.order)
         if self.window is not None:
@@ -96,6 +102,8 @@ def blocks(
     *,
     group: Bool[Array, "b n"] | Int[Array, "b n"],
     window: int | None = None,
+    parent: Int[Array, "b n"] | None = None,
+    positions: Int[Array, "b n"] | None = None,
 ) -> Mask:
     """The general mask of self-attention.
 
@@ -103,11 +111,17 @@ def blocks(
       starts: True where a new block begins; None means there is one block only.
       group: samples packed in a row are numbered from 1; 0 (or False) is padding.
       window: number of places a token looks back, itself included.
+      parent: a group before it in the row that a token sees beside its own; 0 for none.
+      positions: of the tokens in their own text, which is not their place in the row where groups
+        have parents; for windows.
     """
     group = group.astype(jnp.int32)
     order = None if starts is None else jnp.cumsum(starts, axis=1, dtype=jnp.int32)
-    place = None if window is None else jnp.arange(group.shape[1], dtype=jnp.int32)[None]
-    labels = Labels(group=group, order=order, position=place)
+    place = None
+    if window is not None:
+        place = jnp.arange(group.shape[1], dtype=jnp.int32)[None]
+        place = place if positions is None else positions
+    labels = Labels(group=group, order=order, position=place, parent=parent)
     return Mask(labels, labels, window=_checked(window))
 
 
@@ -115,25 +129,29 @@ def prefix_lm(
     prefix: Bool[Array, "b n"],
     *,
     group: Bool[Array, "b n"] | Int[Array, "b n"],
-    window: int | None = None,
+    **options: Any,
 ) -> Mask:
-    """The tokens of the prefix see each other, those after it see what is before them."""
-    return blocks(~prefix, group=group, window=window)
+    """The tokens of the prefix see each other, those after it see what is before them.
+
+    `options`: window, parent and positions of `blocks`.
+    """
+    return blocks(~prefix, group=group, **options)
 
 
 def image_blocks(
     image: Int[Array, "b n"],
     *,
     group: Bool[Array, "b n"] | Int[Array, "b n"],
-    window: int | None = None,
+    **options: Any,
 ) -> Mask:
     """A causal stream in which the tokens of an image see each other.
 
     Args:
       image: 0 for text, and a number for each image that differs from its neighbours'.
+      options: window, parent and positions of `blocks`.
     """
     before = jnp.pad(image[:, :-1], ((0, 0), (1, 0)))
-    return blocks((image == 0) | (image != before), group=group, window=window)
+    return blocks((image == 0) | (image != before), group=group, **options)
 
 
 def cross(

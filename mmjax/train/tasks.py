@@ -227,13 +227,13 @@ class VisionLanguage(Task):
 
     def loss(self, model, batch, rng):
         del rng
-        prefix = {name: batch[name] for name in ("prefix",) if name in batch}
+        further = {name: batch[name] for name in ("prefix", "parents") if name in batch}
         hidden = model.run(
             batch["tokens"],
             batch["images"],
             place=batch["place"],
             segments=batch["segments"],
-            **prefix,
+            **further,
         ).hidden
         total, weight, correct = losses.next_token_loss(
             hidden, model.logits, batch["tokens"], batch["weights"], targets=self.targets
