@@ -41,10 +41,28 @@ class Turn(NamedTuple):
 
 
 class Conversation(NamedTuple):
-    """`images`: encoded bytes, pixels, or paths of files."""
+    """`images`: encoded bytes, pixels, or paths of files.
+
+    `apart`: each question with its answer is a conversation of its own about these images, and has
+    places for all of them.
+    """
 
     turns: tuple[Turn, ...]
     images: tuple[Any, ...] = ()
+    apart: bool = False
+
+    def split(self) -> list[Conversation]:
+        """The conversations that this is: itself, or one for each question."""
+        if not self.apart:
+            return [self]
+        pairs = zip(self.turns[::2], self.turns[1::2], strict=True)
+        return [Conversation(pair, self.images) for pair in pairs]
+
+    def shortened(self) -> Conversation:
+        """Without its last question and answer, and the images that only they are about."""
+        turns = self.turns[:-2]
+        used = {part for turn in turns for part in turn.parts if isinstance(part, int)}
+        return self._replace(turns=turns, images=self.images[: len(used)])
 
     def check(self) -> Conversation:
         """Itself.
@@ -53,6 +71,10 @@ class Conversation(NamedTuple):
           BadRecordError: turns out of order or empty, nothing to supervise, or images and the
             places for them that disagree.
         """
+        if self.apart:
+            for conversation in self.split():
+                conversation.check()
+            return self
         roles = [turn.role for turn in self.turns]
         spoken = roles[1:] if roles[:1] == ["system"] else roles
         if "assistant" not in spoken:
@@ -229,12 +251,16 @@ class Questions:
 
     Args:
       turns: training draws up to so many questions of an image, as turns of one conversation.
+      apart: whether they are conversations of their own instead, which share the tokens of the
+        image: each is learnt as if it were asked alone. Otherwise a question tells something of
+        the answers to those before it.
       caption: the share of conversations that are about the caption instead.
       prompts: requests for the caption, of which training draws one.
       suffix: added to each question, such as "\\nAnswer with a single word or phrase."
     """
 
     turns: int = 1
+    apart: bool = False
     caption: float = 0.0
     prompts: tuple[str, ...] = ("Describe the image.",)
     suffix: str = ""
@@ -262,9 +288,10 @@ class Questions:
         turns = []
         for index in chosen[: self.turns]:
             text = _text(rows[index]["question"], "question") + self.suffix
-            turns.append(Turn("user", (text,)) if turns else _about_image(text))
+            shown = self.apart or not turns
+            turns.append(_about_image(text) if shown else Turn("user", (text,)))
             turns.append(Turn("assistant", (_text(rows[index]["answer"], "answer"),)))
-        return Conversation(tuple(turns), (image,)).check()
+        return Conversation(tuple(turns), (image,), self.apart).check()
 
     def questions(self, record, name):
         image = _single(_images(get_field(record, self.image_field, name)))

@@ -130,6 +130,8 @@ class ConversationSpec:
       too_long: a conversation longer than `max_len` is "skip"ped and counted, or "cut" where one
         of its later turns begins.
       prefix: whether batches say what is prompt, for attention "prefix" of `VLMConfig`.
+      parents: whether batches say which segment another continues, for questions that are asked
+        apart (see the form "questions").
       image_token: what stands where visual tokens go: `VLMConfig.image_token`.
     """
 
@@ -144,6 +146,7 @@ class ConversationSpec:
     lengths: tuple[int, ...] = ()
     too_long: str = "skip"
     prefix: bool = False
+    parents: bool = False
     image_token: int = 0
 
     def __post_init__(self):
@@ -159,6 +162,11 @@ class ConversationSpec:
         if self.too_long not in TOO_LONG:
             raise UnknownNameError(
                 f"conversation too_long={self.too_long!r}; {nearest(self.too_long, TOO_LONG)}"
+            )
+        if self.prefix and self.parents:
+            raise ValueError(
+                "conversation prefix and parents do not go together: in a prefix the image sees "
+                "the question, so that several questions cannot share its tokens."
             )
         if self.lengths and (self.pack or list(self.lengths) != sorted(set(self.lengths))):
             raise ValueError("conversation lengths must rise, and have no meaning with pack=True.")
@@ -267,6 +275,8 @@ def conversation_fields(spec: ConversationSpec, batch_size: int, length: int) ->
     }
     if spec.prefix:
         fields["prefix"] = (shape, "bool")
+    if spec.parents:
+        fields["parents"] = (shape, "int32")
     if spec.layout is not None:
         side = spec.layout.size
         fields["images"] = ((batch_size, spec.images, side, side, 3), "float32")

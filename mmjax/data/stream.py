@@ -54,6 +54,7 @@ class Drawn(NamedTuple):
 class Sample(NamedTuple):
     """A conversation, encoded: `learnt`, and `place` of the visual tokens of its own pictures.
     `record` says where it is from: source, index and position. `images` None: to be read again.
+    `branch`, of questions that are asked apart: 0 where they share tokens, else their number.
     """
 
     name: str
@@ -64,11 +65,18 @@ class Sample(NamedTuple):
     pictures: int
     images: tuple[Any, ...] | None
     cut: bool
+    branch: np.ndarray
 
     @property
     def size(self) -> tuple[int, int, int]:
         """(tokens, pictures, supervised tokens)"""
         return len(self.tokens), self.pictures, int(self.learnt.sum())
+
+    def after(self, count: int) -> Sample:
+        """Without its first tokens."""
+        return self._replace(
+            tokens=self.tokens[count:], learnt=self.learnt[count:], place=self.place[count:]
+        )
 
 
 class ConversationMaker:
@@ -115,10 +123,19 @@ class ConversationMaker:
         """
         record, name = read_record(self.sources[k], index)
         conversation = self.spec.forms[k](record, name, rng)
+        if conversation.apart and not self._said.parents:
+            raise ValueError(
+                "Questions that are asked apart share the tokens of their image, which batches say "
+                "with parents: set data conversation.parents=True."
+            )
         return Drawn(name, conversation, self.render(conversation))
 
     def render(self, conversation: Conversation) -> list[Piece]:
-        return self._template.render(conversation, self._said.system)
+        return [
+            piece
+            for one in conversation.split()
+            for piece in self._template.render(one, self._said.system)
+        ]
 
     def learn(self, drawn: Iterable[Drawn]) -> None:
         """Encodes the texts of many conversations at once, to be remembered."""
@@ -133,15 +150,13 @@ class ConversationMaker:
         """
         conversation, pieces = drawn.conversation, drawn.pieces
         while True:
-            sample = self._assemble(drawn.name, record, conversation, pieces)
+            sample = self._sample(drawn.name, record, conversation, pieces)
             problem = self._problem(sample)
             if problem is None:
                 return sample._replace(cut=len(conversation.turns) < len(drawn.conversation.turns))
             if self._said.too_long == "skip" or len(conversation.turns) < 4:
                 raise BadRecordError(problem)
-            turns = conversation.turns[:-2]
-            used = sum(isinstance(part, int) for turn in turns for part in turn.parts)
-            conversation = Conversation(turns, conversation.images[:used])
+            conversation = conversation.shortened()
             pieces = self.render(conversation)
 
     def _problem(self, sample: Sample) -> str | None:
@@ -155,6 +170,30 @@ class ConversationMaker:
         if size[2] > limits[2]:
             return f"too long: {size[2]} supervised tokens, and max_targets is {limits[2]}"
         return None
+
+    def _sample(
+        self,
+        name: str,
+        record: tuple[int, int, int | None],
+        conversation: Conversation,
+        pieces: Sequence[Piece],
+    ) -> Sample:
+        if not conversation.apart:
+            return self._assemble(name, record, conversation, pieces)
+        first, *others = (
+            self._assemble(name, record, one, self.render(one)) for one in conversation.split()
+        )
+        # What comes up to the last visual token is the same for all of them.
+        shared = int(np.flatnonzero(first.place != TEXT)[-1]) + 1 if first.pictures else 0
+        branches = [first, *(other.after(shared) for other in others)]
+        numbers = np.repeat(np.arange(1, len(branches) + 1), [len(one.tokens) for one in branches])
+        numbers[:shared] = 0
+        return first._replace(
+            tokens=np.concatenate([one.tokens for one in branches]),
+            learnt=np.concatenate([one.learnt for one in branches]),
+            place=np.concatenate([one.place for one in branches]),
+            branch=numbers.astype(np.int32),
+        )
 
     def _assemble(
         self,
@@ -196,6 +235,7 @@ class ConversationMaker:
             pictures=pictures,
             images=conversation.images,
             cut=False,
+            branch=np.zeros(length, np.int32),
         )
 
     def _plan(self, image: Any) -> Plan:
@@ -250,13 +290,17 @@ class ConversationMaker:
     ) -> None:
         """Fills one row, fresh from `empty`, with samples and their pictures."""
         at = seen = 0
-        for segment, (sample, pictures) in enumerate(samples, start=1):
+        segment = 1
+        for sample, pictures in samples:
             here = slice(at, at + len(sample.tokens))
             tokens = self._said.layout.tokens if self._said.layout is not None else 0
             arrays["tokens"][row, here] = sample.tokens
             arrays["weights"][row, here] = sample.learnt
             arrays["place"][row, here] = _moved(sample.place, seen * tokens)
-            arrays["segments"][row, here] = segment
+            arrays["segments"][row, here] = segment + sample.branch
+            if self._said.parents:
+                arrays["parents"][row, here] = np.where(sample.branch > 0, segment, 0)
+            segment += 1 + int(sample.branch.max())
             if self._said.prefix:
                 arrays["prefix"][row, at : at + int(sample.learnt.argmax())] = True
             for several in pictures:
