@@ -43,7 +43,7 @@ class LoRAConfig:
     """
 
     rank: int
-    alpha: float
+    alpha: int | float
     targets: str
     dora: bool = False
     rslora: bool = False
