@@ -1,0 +1,431 @@
+"""Rows of conversations: what stands in them, packing, grouping, resuming, and records that cannot
+be used."""
+
+import collections
+import json
+
+import numpy as np
+import pytest
+from samples import data, encode, picture
+
+from mmjax.data import TooManyBadRecordsError, open_eval, open_questions, open_train
+from mmjax.data.image import decode
+from mmjax.data.spec import batch_fields
+from mmjax.data.tokenizer import train_tokenizer
+from mmjax.data.visual import LAYOUTS
+
+LAYOUT = dict(name="tiles", preset="siglip", size=16, tokens=2, rows=2, columns=2)
+PLACEHOLDER = 77
+WORDS = "a dog on the red square left of three cats and one tree what is how many there"
+WORDS = WORDS.split(" ")
+
+
+def text(rng, low, high):
+    return " ".join(rng.choice(WORDS, int(rng.integers(low, high))))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer("bpe", [" ".join(WORDS)] * 3 + ["USER: ASSISTANT: Question Answer"], 400)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Conversations about one image, two, or none, and images with questions."""
+    root = tmp_path_factory.mktemp("conversations")
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        size = tuple(int(side) for side in rng.integers(10, 50, 2))
+        (root / f"{i}.png").write_bytes(encode(picture(i, size), "PNG"))
+
+    def talk(images, turns, longest):
+        markers = "".join("<image>\n" for _ in images)
+        said = []
+        for turn in range(turns):
+            question = ("" if turn else markers) + text(rng, 2, 12)
+            said += [
+                {"from": "human", "value": question},
+                {"from": "gpt", "value": text(rng, 1, longest)},
+            ]
+        record = {"conversations": said}
+        return record | ({"image": images if len(images) > 1 else images[0]} if images else {})
+
+    about = [talk([f"{i % 12}.png"], 1 + i % 3, 20) for i in range(90)]
+    about += [talk([f"{i % 12}.png", f"{(i + 5) % 12}.png"], 2, 6) for i in range(20)]
+    write(root / "about.json", about)
+    write(root / "text.json", [talk([], 1 + i % 2, 50) for i in range(40)])
+    asked = [
+        {
+            "image": f"{i}.png",
+            "questions": [
+                {"question": f"how many {w}?", "answer": w, "choices": ["dog", w], "group": w}
+                for w in WORDS[: 2 + i % 4]
+            ],
+        }
+        for i in range(12)
+    ]
+    write(root / "asked.json", asked)
+    return root
+
+
+def write(path, records):
+    path.write_text(json.dumps(records))
+
+
+def source(root, name, form="llava", **more):
+    return dict(name="json", path=str(root / f"{name}.json"), form=form, **more)
+
+
+def stream(sources, **options):
+    default = dict(template="vicuna_v1", system="", max_len=160, images=12, layout=LAYOUT)
+    default |= dict(window=64, image_token=PLACEHOLDER)
+    return dict(sources=sources, conversation=default | options)
+
+
+def mixture(root, **options):
+    sources = [
+        source(root, "about", weight=3.0),
+        source(root, "text", weight=1.0),
+        source(root, "asked", form=dict(name="questions", turns=3), weight=1.0),
+    ]
+    return stream(sources, pack=True, window=128, max_targets=110, **options)
+
+
+def opened(train, tokenizer, *, batch=4, seed=1, index=0, count=1, **more):
+    return open_train(
+        data(train, **more),
+        tokenizer,
+        batch_size=batch,
+        seed=seed,
+        process_index=index,
+        process_count=count,
+    )
+
+
+def taken(loader, count):
+    return [next(loader) for _ in range(count)]
+
+
+def assert_same(left, right):
+    assert left.ids == right.ids and left.skipped == right.skipped
+    for name, array in left.arrays.items():
+        np.testing.assert_array_equal(array, right.arrays[name])
+
+
+def alone(config, tokenizer):
+    """Name -> the row of each conversation for itself, as evaluation has it."""
+    rows = {}
+    for batch in open_eval(config, tokenizer, batch_size=16):
+        for row, (name, valid) in enumerate(zip(batch.ids, batch.valid, strict=True)):
+            if valid:
+                rows[name] = {key: array[row] for key, array in batch.arrays.items()}
+    return rows
+
+
+def test_packed_rows_are_conversations_side_by_side(root, tokenizer):
+    sources = [source(root, "about"), source(root, "text")]
+    config = stream(sources, pack=True, max_targets=90, prefix=True)
+    rows = alone(config, tokenizer)
+    loader = opened(config, tokenizer)
+    made = taken(loader, 12)
+    expected = {
+        name: (shape, np.dtype(dtype)) for name, (shape, dtype) in batch_fields(config, 4).items()
+    }
+    seen = set()
+    for batch in made:
+        arrays = batch.arrays
+        assert {k: (a.shape, a.dtype) for k, a in arrays.items()} == expected
+        names = iter(batch.ids)
+        for row in range(4):
+            here = {key: array[row] for key, array in arrays.items()}
+            assert here["weights"].sum() <= 90
+            assert (np.diff(here["segments"][here["segments"] > 0]) >= 0).all()
+            shown = 0
+            for segment in range(1, here["segments"].max() + 1):
+                inside = here["segments"] == segment
+                name = next(names)
+                single = rows[name]
+                length = (single["segments"] > 0).sum()
+                for key in ("tokens", "weights", "prefix"):
+                    np.testing.assert_array_equal(here[key][inside], single[key][:length])
+                place = here["place"][inside]
+                np.testing.assert_array_equal(
+                    np.where(place >= 0, place - 2 * shown, place), single["place"][:length]
+                )
+                count = (single["place"].max() + 1) // 2
+                np.testing.assert_array_equal(
+                    here["images"][shown : shown + count], single["images"][:count]
+                )
+                shown += count
+                seen.add(name)
+            assert not here["images"][shown:].any()
+            outside = here["segments"] == 0
+            assert not here["weights"][outside].any() and (here["place"][outside] == -1).all()
+        assert next(names, None) is None
+    assert len(seen) > 100
+
+
+def test_a_row_spelled_out(root, tokenizer):
+    """One conversation beside what it should be, word by word."""
+    record = {
+        "image": ["0.png", "1.png"],
+        "conversations": [
+            {"from": "human", "value": "<image> and <image>\nhow many dog"},
+            {"from": "gpt", "value": "three"},
+            {"from": "human", "value": "what"},
+            {"from": "gpt", "value": "a dog "},
+        ],
+    }
+    write(root / "one.json", [record])
+    row = alone(stream([source(root, "one")], prefix=True), tokenizer)[f"{root / 'one.json'}[0]"]
+    ids = row["tokens"][row["segments"] > 0]
+    layout = LAYOUTS["tiles"](**{k: v for k, v in LAYOUT.items() if k != "name"})
+    pictures = [layout.pictures(decode((root / f"{i}.png").read_bytes())) for i in (0, 1)]
+    counts = [2 * len(several) for several in pictures]
+    visual = row["place"] >= 0
+    np.testing.assert_array_equal(row["place"][visual], np.arange(sum(counts)))
+    assert (row["tokens"][visual] == PLACEHOLDER).all()
+    np.testing.assert_array_equal(row["images"][: sum(counts) // 2], np.concatenate(pictures))
+    first, second = np.flatnonzero(visual)[[0, counts[0]]]
+    texts = [
+        tokenizer.decode(part)
+        for part in (
+            ids[:first],
+            ids[first + counts[0] : second],
+            ids[second + counts[1] :],
+            ids[row["weights"][: len(ids)] > 0],
+            ids[second + counts[1] :][row["prefix"][second + counts[1] : len(ids)]],
+        )
+    ]
+    assert [" ".join(said.split()) for said in texts] == [
+        "user:",
+        "and",
+        "how many dog assistant: three user: what assistant: a dog",
+        "three a dog",
+        "how many dog assistant:",
+    ]
+    assert (ids[row["weights"][: len(ids)] > 0] == tokenizer.eos_id).sum() == 2
+
+
+def test_rows_are_full(root, tokenizer):
+    loader = opened(mixture(root), tokenizer, batch=8)
+    batches = taken(loader, 20)
+    shares = [(batch.arrays["segments"] > 0).mean() for batch in batches]
+    assert np.mean(shares) >= 0.95
+    names = collections.Counter(name for batch in batches for name in batch.ids)
+    about = sum(count for name, count in names.items() if "about.json" in name)
+    assert 0.55 < about / names.total() < 0.65
+
+
+def test_every_record_once_in_an_epoch(root, tokenizer):
+    config = stream([source(root, "text")], pack=True, window=20, max_len=250)
+    batches = taken(opened(config, tokenizer, batch=1), 30)
+    names = [name for batch in batches for name in batch.ids]
+    for epoch in range(2):
+        assert len(set(names[40 * epoch : 40 * (epoch + 1)])) == 40
+    assert names[:40] != names[40:80]
+
+
+@pytest.mark.parametrize("options", [{}, dict(pack=False, lengths=(40, 80, 160), max_len=160)])
+def test_resuming_anywhere_and_any_number_of_processes(root, tokenizer, options):
+    train = mixture(root)
+    train["conversation"] = train["conversation"] | options
+    loader = opened(train, tokenizer)
+    states, batches = [], []
+    for _ in range(30):
+        states.append(json.loads(json.dumps(loader.get_state())))
+        batches.append(next(loader))
+    other = opened(train, tokenizer, threads=2)
+    for start in (17, 29, 4, 0):
+        other.set_state(states[start])
+        assert other.get_state() == states[start]
+        assert_same(next(other), batches[start])
+    # A position alone does as well; the mark spares the way there.
+    other.set_state({key: value for key, value in states[25].items() if key != "mark"})
+    assert_same(next(other), batches[25])
+    other.close()
+    pair = [opened(train, tokenizer, batch=2, index=i, count=2) for i in range(2)]
+    for part in pair:
+        part.set_state(states[20])
+    for expected in batches[20:23]:
+        got = [next(part) for part in pair]
+        assert got[0].ids + got[1].ids == expected.ids
+        for name, array in expected.arrays.items():
+            np.testing.assert_array_equal(np.concatenate([g.arrays[name] for g in got]), array)
+    assert pair[0].get_state() == pair[1].get_state() == states[23]
+    changed = train | dict(conversation=train["conversation"] | dict(window=32))
+    with pytest.raises(ValueError, match="arrangement: saved"):
+        opened(changed, tokenizer).set_state(states[1])
+
+
+def test_worker_processes_make_the_same(root, tokenizer):
+    expected = taken(opened(mixture(root), tokenizer), 4)
+    loader = opened(mixture(root), tokenizer, workers=1)
+    try:
+        for batch in expected:
+            assert_same(next(loader), batch)
+    finally:
+        loader.close()
+
+
+def test_batches_of_similar_length(root, tokenizer):
+    lengths = (40, 80, 160)
+    sources = [source(root, "about")]
+    loader = opened(stream(sources, lengths=lengths, window=100), tokenizer, batch=6)
+    batches = taken(loader, 48)
+    widths = [batch.arrays["tokens"].shape[1] for batch in batches]
+    assert set(widths) == set(lengths) and widths != sorted(widths)
+    for batch, width in zip(batches, widths, strict=True):
+        longest = (batch.arrays["segments"] > 0).sum(1).max()
+        assert longest <= width and (width == 40 or longest > width / 2)
+        assert all(array.shape[:2] == (6, width) for name, array in batch.arrays.items()
+                   if name != "images")  # fmt: skip
+    grouped = np.mean([(batch.arrays["segments"] > 0).mean() for batch in batches])
+    plain = taken(opened(stream(sources), tokenizer, batch=6), 48)
+    assert grouped > 1.2 * np.mean([(batch.arrays["segments"] > 0).mean() for batch in plain])
+    assert {batch.arrays["tokens"].shape for batch in plain} == {(6, 160)}
+    names = [name for batch in batches[:16] for name in batch.ids]
+    assert len(names) == len(set(names)) == 96  # a window of 16 batches
+
+
+# --- records that cannot be used
+
+
+@pytest.fixture
+def damaged(root, tmp_path):
+    """100 conversations; of one the image is broken, of one missing, one is too long."""
+    (tmp_path / "good.png").write_bytes(encode(picture(0), "PNG"))
+    whole = encode(picture(1, (64, 64)), "PNG")
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])  # its header is sound
+    names = ["good.png"] * 100
+    names[20], names[60] = "cut.png", "gone.png"
+    records = [
+        {
+            "image": name,
+            "conversations": [
+                {"from": "human", "value": f"<image>what {i}"},
+                {"from": "gpt", "value": "dog " * (300 if i == 40 else 1)},
+            ],
+        }
+        for i, name in enumerate(names)
+    ]
+    write(tmp_path / "damaged.json", records)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "options", [dict(pack=True), dict(lengths=(40, 160)), dict()], ids=["pack", "lengths", "plain"]
+)
+def test_bad_records_are_left_out_counted_and_named(damaged, tokenizer, options):
+    config = stream([source(damaged, "damaged")], window=100, **options)
+    loader = opened(config, tokenizer, batch=5, max_bad_share=0.2)
+    skipped, names = [], []
+    while len(names) < 96:
+        batch = next(loader)
+        skipped += batch.skipped
+        names += batch.ids
+    bad = {f"{damaged / 'damaged.json'}[{i}]" for i in (20, 40, 60)}
+    errors = {record: error for record, error in skipped if record in bad}
+    assert set(errors) == bad and not bad & set(names)
+    reasons = "\n".join(errors[name] for name in sorted(bad))
+    assert "OSError" in reasons or "truncated" in reasons
+    assert "too long: " in reasons and "conversation.max_len is 160" in reasons
+    assert "gone.png cannot be read: No such file" in reasons
+    loader = opened(config, tokenizer, batch=20, max_bad_share=0.01)
+    with pytest.raises(TooManyBadRecordsError, match="max_bad_share"):
+        taken(loader, 10)
+
+
+def test_cut_at_a_turn_or_not_at_all(root, tokenizer, tmp_path):
+    turns = []
+    for i in range(6):
+        turns += [
+            {"from": "human", "value": f"<image>\nwhat {i}"},
+            {"from": "gpt", "value": "a red dog " * 4},
+        ]
+    images = [str(root / f"{i}.png") for i in range(6)]
+    write(tmp_path / "long.json", [{"image": images, "conversations": turns}])
+    config = stream([source(tmp_path, "long")], max_len=100, too_long="cut")
+    (row,) = alone(config, tokenizer).values()
+    said = tokenizer.decode(row["tokens"][(row["segments"] > 0) & (row["place"] < 0)])
+    kept = said.count("user:")
+    assert 1 <= kept < 6 and said.count("a red dog a red dog a red dog a red dog") == kept
+    assert (row["tokens"] == tokenizer.eos_id).sum() == kept
+    batch = next(opened(config, tokenizer, batch=1))
+    assert batch.truncated == 1
+    for less in (dict(max_len=30), dict(max_targets=5), dict(too_long="skip")):
+        with pytest.raises(TooManyBadRecordsError, match="too long"):
+            alone(stream([source(tmp_path, "long")], **(dict(max_len=100) | less)), tokenizer)
+    with pytest.raises(TooManyBadRecordsError, match="too many pictures"):
+        alone(stream([source(tmp_path, "long")], max_len=500, images=2), tokenizer)
+    with pytest.raises(TooManyBadRecordsError, match="has no layout"):
+        alone(stream([source(tmp_path, "long")], layout=None, images=0), tokenizer)
+
+
+def test_texts_only(root, tokenizer):
+    config = stream([source(root, "text")], layout=None, images=0, pack=True)
+    batch = next(opened(config, tokenizer))
+    assert set(batch.arrays) == {"tokens", "weights", "place", "segments"}
+    assert set(batch.arrays) == set(batch_fields(config, 4))
+    write(
+        root / "documents.json", [{"text": text(np.random.default_rng(i), 5, 20)} for i in range(9)]
+    )
+    config = stream([source(root, "documents", form="text")], template="plain", pack=True)
+    arrays = next(opened(config, tokenizer, batch=1)).arrays
+    # All is learnt but the token that there is nothing before.
+    begins = np.diff(arrays["segments"][0], prepend=0) > 0
+    np.testing.assert_array_equal(arrays["weights"][0] > 0, (arrays["segments"][0] > 0) & ~begins)
+
+
+# --- questions
+
+
+def test_questions_are_what_training_has(root, tokenizer):
+    config = stream([source(root, "asked", form="questions")])
+    questions = list(open_questions(config, tokenizer))
+    assert len(questions) == sum(2 + i % 4 for i in range(12))
+    rows = alone(config, tokenizer)  # in evaluation the first question of each image
+    for name, row in rows.items():
+        question = next(q for q in questions if q.id == f"{name}/0")
+        ids = np.concatenate([question.ids, question.answer_ids])
+        np.testing.assert_array_equal(row["tokens"][row["segments"] > 0], ids)
+        np.testing.assert_array_equal(row["place"][: len(question.place)], question.place)
+        np.testing.assert_array_equal(
+            row["weights"][: len(ids)] > 0, np.arange(len(ids)) >= len(question.ids)
+        )
+        np.testing.assert_array_equal(row["images"][: len(question.images)], question.images)
+        assert question.answers == ("a",) and question.group == "a"
+        assert question.choices == ("dog", "a")
+        np.testing.assert_array_equal(question.choice_ids[1], question.answer_ids)
+        assert tokenizer.decode(question.choice_ids[0]) == "dog"
+        assert (
+            question.picture
+            == (root / f"{name[-2] if name[-3] == '[' else name[-3:-1]}.png").read_bytes()
+        )
+    first, second = questions[:2]
+    assert first.images is second.images
+
+
+def test_some_questions_are_of_many_images(root, tokenizer):
+    config = stream([source(root, "asked", form="questions")])
+    everything = {q.id for q in open_questions(config, tokenizer)}
+    for limit, images in ((5, 5), (12, 12), (20, 12), (999, 12)):
+        some = [q.id for q in open_questions(config, tokenizer, limit=limit)]
+        assert (
+            len(some) == len(set(some)) == min(limit, len(everything)) and set(some) <= everything
+        )
+        assert len({name.rsplit("/", 1)[0] for name in some}) == images
+        assert some == [q.id for q in open_questions(config, tokenizer, limit=limit)]
+    with pytest.raises(ValueError, match="'llava' has no questions"):
+        open_questions(stream([source(root, "about")]), tokenizer)
+
+
+def test_questions_that_cannot_be_asked(root, tokenizer, tmp_path):
+    records = [{"image": str(root / "0.png"), "question": "what", "answer": "dog"}] * 3
+    records.append({"image": "gone.png", "question": "what", "answer": "dog"})
+    write(tmp_path / "vqa.json", records)
+    config = stream([source(tmp_path, "vqa", form="vqa")])
+    with pytest.raises(TooManyBadRecordsError, match=r"gone\.png"):
+        list(open_questions(config, tokenizer))
+    with pytest.raises(ValueError, match="set data"):
+        open_questions(config, None)
