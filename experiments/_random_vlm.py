@@ -13,9 +13,9 @@ IMAGE = "<image>"
 # It knows no other words.
 _TEXTS = [
     "a photo of the red green blue yellow black white circle square triangle cat dog bird fish",
-    "user : what is in this image ? where are they ? how many ? which colour has it ?",
-    "assistant : it is on the left , right , above or below . there are one two three four of them",
-    "yes no maybe ! describe compare both pictures in detail , please",
+    "user : question : what is in this image ? where are they ? how many ? which colour has it ?",
+    "assistant : answer : it is on the left , right , above or below , all of them are",
+    "yes no maybe ! there are one two three four . describe compare both pictures in detail please",
 ]
 _TEMPLATE = (
     "{% for message in messages %}"
@@ -78,9 +78,8 @@ def write_random_vlm(
             **blocks,
         ),
         connector=MLPConfig(),
-        # The image token is not one of the words that it can write.
         lm=LMConfig(
-            vocab_size=tokenizer.vocab_size,
+            vocab_size=backend.get_vocab_size(),
             max_len=max_len,
             activation="silu",
             tied=False,
