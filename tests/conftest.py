@@ -22,5 +22,25 @@ _hook = install_import_hook(
 )
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    """Of pytest-xdist: a process has ended, and left what its tests have found."""
+    del error
+    ours = vars(node.config).setdefault("workeroutput", {}).setdefault("differences", [])
+    ours += node.workeroutput.get("differences", [])
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """The largest differences from transformers that the tests of conversion saw."""
+    largest = {}
+    for family, what, value in vars(config).get("workeroutput", {}).get("differences", []):
+        largest[family, what] = max(largest.get((family, what), 0.0), value)
+    if largest:
+        terminalreporter.section("largest differences from transformers")
+        for (family, what), difference in sorted(largest.items()):
+            terminalreporter.write_line(f"{family:28} {what:36} {difference:.1e}")
