@@ -146,6 +146,7 @@ def make_evaluators(experiment: Experiment, tokenizer: Any, workdir: Path) -> di
         workdir=workdir,
         batch_size=experiment.train.batch_size,
         open_data=datasets.open_eval,
+        open_questions=datasets.open_questions,
     )
     result = {}
     for key, entry in experiment.config.evals.items():
