@@ -406,6 +406,38 @@ def test_questions_are_what_training_has(root, tokenizer):
     assert first.images is second.images
 
 
+def test_questions_asked_apart_share_the_tokens_of_their_image(root, tokenizer):
+    """The image's tokens and those of one question are the question asked alone."""
+    form = dict(name="questions", turns=3, apart=True)
+    config = stream([source(root, "asked", form=form)], pack=True, parents=True)
+    alone = {
+        (*np.concatenate([q.ids, q.answer_ids]), *q.place): len(q.ids)
+        for q in open_questions(config, tokenizer)
+    }
+    found = 0
+    for batch in taken(opened(config, tokenizer), 3):
+        assert batch.arrays["parents"].dtype == np.int32
+        for row in range(4):
+            here = {key: array[row] for key, array in batch.arrays.items()}
+            tokens, segments = here["tokens"], here["segments"]
+            parents = here["parents"]
+            for segment in sorted(set(segments[parents > 0])):
+                branch = segments == segment
+                (parent,) = set(parents[branch])
+                shared = segments == parent
+                place = here["place"][shared | branch]
+                shown = place[place >= 0].min()
+                prompt = here["weights"][shared | branch] == 0
+                moved = np.where(place >= 0, place - shown, place)[prompt]
+                length = alone[(*tokens[shared], *tokens[branch], *moved)]
+                assert prompt.sum() == length and not here["weights"][shared].any()
+                found += 1
+            assert (here["parents"][segments == 0] == 0).all()
+    assert found > 60
+    with pytest.raises(ValueError, match="parents=True"):
+        opened(stream([source(root, "asked", form=form)], pack=True), tokenizer)
+
+
 def test_some_questions_are_of_many_images(root, tokenizer):
     config = stream([source(root, "asked", form="questions")])
     everything = {q.id for q in open_questions(config, tokenizer)}
