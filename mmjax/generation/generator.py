@@ -50,7 +50,7 @@ def generate(
     mask: Array | np.ndarray | None = None,
     *,
     mesh: Mesh | None = None,
-    rules: tables.Table = sharding.DEFAULT_RULES,
+    rules: tables.Table | None = sharding.DEFAULT_RULES,
     **options: Any,
 ) -> np.ndarray:
     """The new tokens [B, N] after each prompt. Options are those of `Generator.__call__`.
@@ -64,7 +64,8 @@ def generate(
         of encoder-decoders, such as T5, the prompt goes to the encoder.
       tokens, images, mask: the prompts; see `Generator.__call__`.
       mesh: devices to generate on, as in training; None: where the parameters are.
-      rules: sharding strategies by parameter path; see `mmjax.sharding`.
+      rules: sharding strategies by parameter path, see `mmjax.sharding`; None: the parameters are
+        on the mesh, and stay as they lie.
 
     Raises:
       ValueError: on options that contradict each other and prompts that do not fit.
@@ -89,9 +90,10 @@ class Generator:
         model: nnx.Module,
         *,
         mesh: Mesh | None = None,
-        rules: tables.Table = sharding.DEFAULT_RULES,
+        rules: tables.Table | None = sharding.DEFAULT_RULES,
     ):
-        self.model = model if mesh is None else programs.placed(model, mesh, rules)
+        stays = mesh is None or rules is None
+        self.model = model if stays else programs.placed(model, mesh, rules)
         self.mesh = mesh
         self._reading = programs.weights(self.model, mesh)
         self._stepping = self._reading
