@@ -36,8 +36,13 @@ class RunProcessor:
         self,
         images: ImageInput | Sequence[ImageInput] | None = None,
         text: str | Sequence[str] | None = None,
+        *,
+        truncation: bool = False,
     ) -> dict[str, np.ndarray]:
         """`images` [B, H, W, 3] float32; `tokens` [B, max_length] int32 and `mask` bool.
+
+        Args:
+          truncation: cut texts that are too long, which are otherwise an error.
 
         Raises:
           CorruptImageError: cannot be decoded.
@@ -51,7 +56,7 @@ class RunProcessor:
         if text is not None:
             texts = [text] if isinstance(text, str) else list(text)
             encoded = self.tokenizer.encode(texts, self.max_length)
-            if encoded.truncated:
+            if encoded.truncated and not truncation:
                 raise ValueError(
                     f"{encoded.truncated} of {len(texts)} texts are longer than the "
                     f"{self.max_length} tokens that the model takes; the longest: "

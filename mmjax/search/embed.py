@@ -122,18 +122,23 @@ class Embedder:
         """[N, D] float32, unit norm; of what `prepare` gave."""
         return self._rows(self._image, prepared)
 
-    def texts(self, texts: Sequence[str]) -> np.ndarray:
+    def texts(self, texts: Sequence[str], *, truncation: bool = False) -> np.ndarray:
         """[N, D] float32, unit norm.
+
+        Args:
+          truncation: cut texts that are too long, which are otherwise an error.
 
         Raises:
           ValueError: a text that is too long, or none.
         """
-        batch = self.processor(text=list(texts))
+        options = {"truncation": truncation}
+        batch = self.processor(text=list(texts), **options)
         length, limit = batch["tokens"].shape[1], self.processor.max_length
         room = max(_SHORTEST, 1 << (length - 1).bit_length())
         room = room if limit is None else min(room, limit)
         if length not in (room, limit):
-            batch = self.processor(text=list(texts), padding="max_length", max_length=room)
+            options |= {"padding": "max_length", "max_length": room}
+            batch = self.processor(text=list(texts), **options)
         pairs = [(batch["tokens"][i : i + 1], batch["mask"][i : i + 1]) for i in range(len(texts))]
         return self._rows(self._text, pairs)
 
