@@ -1,6 +1,15 @@
 """Evaluators: plug-ins by name, run during training and by `experiments.evaluate`."""
 
-from mmjax.evaluate import classification, loss, probes, retrieval, zero_shot  # noqa: F401
+from mmjax.evaluate import (  # noqa: F401
+    captioning,
+    classification,
+    likelihood,
+    loss,
+    probes,
+    retrieval,
+    vqa,
+    zero_shot,
+)
 from mmjax.evaluate.base import EVALUATORS, Evaluator, make_evaluator
 from mmjax.evaluate.context import FEATURES, Collected, EvalBatch, EvalContext
 from mmjax.evaluate.sheets import ICONS_NOTE, learning_curves, retrieval_sheet

@@ -20,6 +20,11 @@ class Evaluator(abc.ABC):
     training and nothing is compiled twice.
     """
 
+    @staticmethod
+    def check_data(data: Mapping[str, Any], context: EvalContext) -> None:
+        """Opens a data config, so that a mistake in it is told before training."""
+        context.open(data)
+
     @abc.abstractmethod
     def run(self, params: Params) -> dict[str, float]:
         """The scores of the model with these parameters (by path), the same on every process."""
@@ -65,5 +70,5 @@ def make_evaluator(config: Mapping[str, Any], context: EvalContext, where: str) 
     for value in fields.values():
         if isinstance(value, Mapping) and "sources" in value:
             # A path that does not exist is told now, not at the first evaluation, hours later.
-            context.open(value)
+            evaluator.check_data(value, context)
     return evaluator(context=context, **fields)

@@ -74,6 +74,8 @@ class EvalContext:
       batch_size: global; data is padded to a multiple of it.
       open_data: `(data_config, tokenizer, *, batch_size, process_index, process_count)` -> iterable
         over batches with `arrays`, `valid` and `texts`; normally `mmjax.data.open_eval`.
+      open_questions: `(data_config, tokenizer, *, limit)` -> iterable over
+        `mmjax.data.questions.Question`, on every process; normally `mmjax.data.open_questions`.
 
     Raises:
       ValueError: if the batch size does not divide over the mesh and the processes.
@@ -86,6 +88,7 @@ class EvalContext:
     workdir: Path
     batch_size: int
     open_data: Callable[..., Iterable]
+    open_questions: Callable[..., Iterable] | None = None
 
     def __post_init__(self):
         for parts, what in (

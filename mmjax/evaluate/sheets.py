@@ -56,14 +56,13 @@ def retrieval_sheet(
       candidates: how many images were ranked.
       note: a line at the bottom, e.g. ICONS_NOTE.
     """
-    figure_class = _figure_class()
     columns = max(len(row.images) for row in rows)
     # In inches: a column of text, the images, a gap, the missed answer.
     cell, label, gap, top, bottom = 1.0, 2.1, 0.35, 0.95, 0.4
     pitch = cell + 0.32
     width = label + columns * (cell + 0.1) + gap + cell + 0.3
     height = top + len(rows) * pitch + bottom
-    figure = figure_class(figsize=(width, height), dpi=110, facecolor="white")
+    figure = figure_class()(figsize=(width, height), dpi=110, facecolor="white")
 
     def write(x: float, y: float, text: str, **style: Any) -> None:
         figure.text(x / width, 1 - y / height, text, **style)
@@ -161,7 +160,7 @@ def learning_curves(
 
     across = 2 if len(panels) <= 4 else 3
     down = math.ceil(len(panels) / across)
-    figure = _figure_class()(
+    figure = figure_class()(
         figsize=(6.0 * across, 3.9 * down + 0.4), dpi=100, facecolor="white", layout="constrained"
     )
     grid = figure.subplots(down, across, squeeze=False)
@@ -242,7 +241,7 @@ def _read_curves(path: str | Path) -> dict[str, list[tuple[int, float]]]:
     return curves
 
 
-def _figure_class() -> type:
+def figure_class() -> type:
     """matplotlib's Figure, which draws without a display and without pyplot's global state."""
     try:
         from matplotlib.figure import Figure
