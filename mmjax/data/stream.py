@@ -108,10 +108,10 @@ class ConversationMaker:
 
     def check(self) -> None:
         """Looks at one record of each source, so that a wrong field fails at once, by name."""
-        for k, source in enumerate(self.sources):
+        for k in range(len(self.sources)):
             # A bad record is counted like any other when its turn comes.
             with contextlib.suppress(BadRecordError):
-                self.spec.forms[k](source[0], source.id(0), None)
+                self.draw(k, 0, None)
 
     # --- samples
 
