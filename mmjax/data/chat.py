@@ -272,6 +272,8 @@ class ChatTokenizer:
             BOS: [tokenizer.bos_id],
             EOS: [tokenizer.eos_id],
         }
+        # What the tokenizer ends a text with.
+        self.end = np.asarray(whole[first + len(alone) :], np.int32)
         self._known: dict[tuple[str, str], np.ndarray] = {}
 
     def __reduce__(self):

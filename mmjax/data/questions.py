@@ -149,7 +149,7 @@ class Questions:
                 seen if isinstance(seen, bytes) else None,
             )
         pixels, picture = images[id(asked.image)]
-        begin = int(sample.learnt.argmax())
+        begin = sample.prompt
         choice_ids = None
         if asked.choices is not None:
             choice_ids = tuple(

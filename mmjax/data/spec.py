@@ -112,6 +112,23 @@ TOO_LONG = ("skip", "cut")
 
 
 @dataclass(frozen=True)
+class Seq2SeqSpec:
+    """Of an encoder-decoder: the answer is the decoder's, what comes before it the encoder's.
+
+    Attributes:
+      max_len: tokens of the decoder's rows: one that begins, and the answer with its end.
+      start: what the decoder begins with: `T5Config.decoder_start_id`.
+    """
+
+    max_len: int
+    start: int = 0
+
+    def __post_init__(self):
+        if self.max_len < 2:
+            raise ValueError(f"seq2seq max_len={self.max_len} has no room for an answer.")
+
+
+@dataclass(frozen=True)
 class ConversationSpec:
     """How conversations become rows of tokens and pictures.
 
@@ -133,6 +150,7 @@ class ConversationSpec:
       parents: whether batches say which segment another continues, for questions that are asked
         apart (see the form "questions").
       image_token: what stands where visual tokens go: `VLMConfig.image_token`.
+      seq2seq: for an encoder-decoder; conversations of one question and answer.
     """
 
     template: str
@@ -148,6 +166,7 @@ class ConversationSpec:
     prefix: bool = False
     parents: bool = False
     image_token: int = 0
+    seq2seq: Seq2SeqSpec | None = None
 
     def __post_init__(self):
         if self.max_len < 2 or self.window < 1:
@@ -167,6 +186,11 @@ class ConversationSpec:
             raise ValueError(
                 "conversation prefix and parents do not go together: in a prefix the image sees "
                 "the question, so that several questions cannot share its tokens."
+            )
+        if self.seq2seq is not None and (self.pack or self.prefix or self.parents):
+            raise ValueError(
+                "conversation pack, prefix and parents are for decoder-only models: an "
+                "encoder-decoder (seq2seq) has one conversation in a row."
             )
         if self.lengths and (self.pack or list(self.lengths) != sorted(set(self.lengths))):
             raise ValueError("conversation lengths must rise, and have no meaning with pack=True.")
@@ -229,6 +253,8 @@ def _parse_conversation(config: Mapping[str, Any], sources: Sequence[Any]) -> di
     if config.get("layout") is not None:
         conversation["layout"] = _make("A layout", LAYOUTS, config["layout"])
     conversation["lengths"] = tuple(config.get("lengths") or ())
+    if config.get("seq2seq") is not None:
+        conversation["seq2seq"] = call_strictly("seq2seq", Seq2SeqSpec, config["seq2seq"])
     for source in sources:
         if "form" not in source:
             raise ValueError(
@@ -265,7 +291,12 @@ def batch_fields(config: Any, batch_size: int) -> dict[str, Field]:
 
 
 def conversation_fields(spec: ConversationSpec, batch_size: int, length: int) -> dict[str, Field]:
-    """The arrays of a batch of conversations; `length` in tokens."""
+    """The arrays of a batch of conversations; `length` in tokens.
+
+    `tokens`; `weights`, of the prediction *of* each token (of those of the decoder, if there is
+    one); `place` and `segments` as in `mmjax.models.vlm.VLM.run`, and as far as configured
+    `prefix`, `parents`, `decoder_tokens` and `images`.
+    """
     shape = (batch_size, length)
     fields: dict[str, Field] = {
         "tokens": (shape, "int32"),
@@ -273,6 +304,9 @@ def conversation_fields(spec: ConversationSpec, batch_size: int, length: int) ->
         "place": (shape, "int32"),
         "segments": (shape, "int32"),
     }
+    if spec.seq2seq is not None:
+        said = (batch_size, spec.seq2seq.max_len)
+        fields |= {"decoder_tokens": (said, "int32"), "weights": (said, "float32")}
     if spec.prefix:
         fields["prefix"] = (shape, "bool")
     if spec.parents:

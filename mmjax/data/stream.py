@@ -55,6 +55,7 @@ class Sample(NamedTuple):
     """A conversation, encoded: `learnt`, and `place` of the visual tokens of its own pictures.
     `record` says where it is from: source, index and position. `images` None: to be read again.
     `branch`, of questions that are asked apart: 0 where they share tokens, else their number.
+    `answer`: what the decoder learns, if there is one; then nothing else is learnt.
     """
 
     name: str
@@ -66,11 +67,18 @@ class Sample(NamedTuple):
     images: tuple[Any, ...] | None
     cut: bool
     branch: np.ndarray
+    answer: np.ndarray | None = None
 
     @property
     def size(self) -> tuple[int, int, int]:
         """(tokens, pictures, supervised tokens)"""
-        return len(self.tokens), self.pictures, int(self.learnt.sum())
+        targets = int(self.learnt.sum()) if self.answer is None else len(self.answer)
+        return len(self.tokens), self.pictures, targets
+
+    @property
+    def prompt(self) -> int:
+        """How many tokens come before the first that is learnt."""
+        return int(self.learnt.argmax()) if self.answer is None else len(self.tokens)
 
     def after(self, count: int) -> Sample:
         """Without its first tokens."""
@@ -103,8 +111,9 @@ class ConversationMaker:
         self._pad = tokenizer.pad_id or 0
         self._pool = BufferPool()
         said = self._said
+        longest = said.max_len if said.seq2seq is None else said.seq2seq.max_len - 1
         # Of a row, as `Sample.size` has it.
-        self.limits = (said.max_len, said.images, said.max_targets or said.max_len)
+        self.limits = (said.max_len, said.images, min(said.max_targets or longest, longest))
 
     def check(self) -> None:
         """Looks at one record of each source, so that a wrong field fails at once, by name."""
@@ -151,6 +160,8 @@ class ConversationMaker:
         conversation, pieces = drawn.conversation, drawn.pieces
         while True:
             sample = self._sample(drawn.name, record, conversation, pieces)
+            if self._said.seq2seq is not None:
+                sample = self._for_decoder(sample)
             problem = self._problem(sample)
             if problem is None:
                 return sample._replace(cut=len(conversation.turns) < len(drawn.conversation.turns))
@@ -168,7 +179,7 @@ class ConversationMaker:
         if size[1] > limits[1]:
             return f"too many pictures: {size[1]}, and conversation.images is {limits[1]}"
         if size[2] > limits[2]:
-            return f"too long: {size[2]} supervised tokens, and max_targets is {limits[2]}"
+            return f"too long: {size[2]} supervised tokens, and a row may have {limits[2]}"
         return None
 
     def _sample(
@@ -193,6 +204,25 @@ class ConversationMaker:
             learnt=np.concatenate([one.learnt for one in branches]),
             place=np.concatenate([one.place for one in branches]),
             branch=numbers.astype(np.int32),
+        )
+
+    def _for_decoder(self, sample: Sample) -> Sample:
+        """The prompt is the encoder's, the answer the decoder's.
+
+        Raises:
+          BadRecordError: there are several answers.
+        """
+        begin, count = int(sample.learnt.argmax()), int(sample.learnt.sum())
+        if not sample.learnt[begin : begin + count].all():
+            raise BadRecordError("several answers: an encoder-decoder (seq2seq) learns one")
+        end = self._chat.end
+        place = np.concatenate([sample.place[:begin], np.full(len(end), TEXT, np.int32)])
+        return sample._replace(
+            tokens=np.concatenate([sample.tokens[:begin], end]),
+            learnt=np.zeros(len(place), bool),
+            place=place,
+            branch=np.zeros(len(place), np.int32),
+            answer=sample.tokens[begin : begin + count],
         )
 
     def _assemble(
@@ -280,6 +310,9 @@ class ConversationMaker:
         }
         arrays["tokens"][:] = self._pad
         arrays["place"][:] = TEXT
+        if self._said.seq2seq is not None:
+            arrays["decoder_tokens"][:] = self._pad
+            arrays["decoder_tokens"][:, 0] = self._said.seq2seq.start
         return arrays
 
     def write(
@@ -295,14 +328,18 @@ class ConversationMaker:
             here = slice(at, at + len(sample.tokens))
             tokens = self._said.layout.tokens if self._said.layout is not None else 0
             arrays["tokens"][row, here] = sample.tokens
-            arrays["weights"][row, here] = sample.learnt
+            if sample.answer is None:
+                arrays["weights"][row, here] = sample.learnt
+            else:
+                arrays["decoder_tokens"][row, 1 : 1 + len(sample.answer)] = sample.answer
+                arrays["weights"][row, 1 : 1 + len(sample.answer)] = 1
             arrays["place"][row, here] = _moved(sample.place, seen * tokens)
             arrays["segments"][row, here] = segment + sample.branch
             if self._said.parents:
                 arrays["parents"][row, here] = np.where(sample.branch > 0, segment, 0)
             segment += 1 + int(sample.branch.max())
             if self._said.prefix:
-                arrays["prefix"][row, at : at + int(sample.learnt.argmax())] = True
+                arrays["prefix"][row, at : at + sample.prompt] = True
             for several in pictures:
                 arrays["images"][row, seen : seen + len(several)] = several
                 seen += len(several)

@@ -377,6 +377,35 @@ def test_texts_only(root, tokenizer):
     np.testing.assert_array_equal(arrays["weights"][0] > 0, (arrays["segments"][0] > 0) & ~begins)
 
 
+def test_encoder_decoders_get_the_answer_apart(root, tokenizer):
+    sources = [source(root, "asked", form="questions")]
+    decoder = dict(max_len=4, start=9)
+    config = stream(sources, seq2seq=decoder, lengths=(30, 160))
+    rows, single = (
+        alone(stream(sources, seq2seq=decoder), tokenizer),
+        alone(stream(sources), tokenizer),
+    )
+    assert rows.keys() == single.keys()
+    for name, row in rows.items():
+        prompt = int(single[name]["weights"].argmax())
+        answer = single[name]["tokens"][single[name]["weights"] > 0]
+        length = (row["segments"] > 0).sum()
+        encoder = [*single[name]["tokens"][:prompt], tokenizer.eos_id]
+        assert row["tokens"][:length].tolist() == encoder
+        assert row["decoder_tokens"].tolist()[: 1 + len(answer)] == [9, *answer]
+        assert row["weights"].tolist() == [float(1 <= i <= len(answer)) for i in range(4)]
+    question = next(iter(open_questions(config, tokenizer)))
+    row = rows[question.id.rsplit("/", 1)[0]]
+    np.testing.assert_array_equal(question.ids, row["tokens"][row["segments"] > 0])
+    np.testing.assert_array_equal(question.answer_ids, row["decoder_tokens"][row["weights"] > 0])
+    batch = next(opened(config, tokenizer))
+    assert batch.arrays["decoder_tokens"].shape == (4, 4) and batch.arrays["place"].shape == (4, 30)
+    with pytest.raises(TooManyBadRecordsError, match="several answers"):
+        alone(stream([source(root, "about")], seq2seq=decoder), tokenizer)
+    with pytest.raises(ValueError, match="decoder-only"):
+        opened(stream(sources, seq2seq=decoder, pack=True), tokenizer)
+
+
 # --- questions
 
 
