@@ -214,6 +214,19 @@ RECIPES.register("SiglipImageProcessor")(
         ALL_OPTIONS - PATCH_OPTIONS,
     )
 )
+RECIPES.register("BlipImageProcessor")(
+    Recipe(
+        {
+            "do_convert_rgb": True,
+            "size": {"height": 384, "width": 384},
+            "resample": Image.Resampling.BICUBIC,
+            "image_mean": PRESETS["clip"].mean,
+            "image_std": PRESETS["clip"].std,
+        },
+        _whole_images,
+        ALL_OPTIONS - PATCH_OPTIONS,
+    )
+)
 RECIPES.register("Siglip2ImageProcessor")(
     Recipe(
         {"patch_size": 16, "max_num_patches": 256} | _HALF, _patch_lists, ALL_OPTIONS - SIZE_OPTIONS

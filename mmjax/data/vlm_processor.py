@@ -11,6 +11,7 @@ that makes it in `PROCESSORS`.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -88,6 +89,7 @@ CLASS_OF_MODEL = {
     "paligemma": "PaliGemmaProcessor",
     "idefics3": "Idefics3Processor",
     "smolvlm": "SmolVLMProcessor",
+    "blip-2": "Blip2Processor",
 }
 
 
@@ -507,4 +509,42 @@ def _idefics3(facts: Facts) -> Sight:
         tokens,
         lambda width, height: idefics3.lay_out(width, height, longest, side, tokens, split),
         lambda image: idefics3.cut(image, longest, side, split, resample),
+    )
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What a tokenizer puts before and after a text."""
+    inner = tokenizer("a", add_special_tokens=False).input_ids
+    whole, count = tokenizer("a").input_ids, len(inner)
+    start = next(i for i in range(len(whole)) if whole[i : i + count] == inner)
+    ends = whole[:start], whole[start + count :]
+    before, after = ("".join(tokenizer.convert_ids_to_tokens(ids)) for ids in ends)
+    return before, after
+
+
+@PROCESSORS.register("Blip2Processor")
+def _blip2(facts: Facts) -> Sight:
+    images = ImageProcessor(facts.kind, facts.images)
+    side, model, token = picture_side(images, facts.model), facts.model, Sight.token
+    if token not in facts.tokenizer.get_vocab():  # as in the first directories
+        facts.tokenizer.add_tokens([token], special_tokens=True)
+    here = facts.tokenizer.convert_tokens_to_ids(token)
+    agreed(f"the id of {token!r}", here, model and model.image_token_index)
+    key = "num_query_tokens"
+    tokens = agreed(key, facts.processor.get(key), model and model.num_query_tokens)
+    before, after = _ends(facts.tokenizer)
+
+    def prompt(text: str) -> str:
+        # Images come before the token of the beginning.
+        rest = re.sub(f"^({re.escape(token)})*", "", text)
+        return text[: len(text) - len(rest)] + before + rest + after
+
+    return Sight(
+        images,
+        (side, side),
+        tokens,
+        _whole(tokens),
+        inserted=True,
+        prompt=prompt,
+        special_tokens=False,
     )

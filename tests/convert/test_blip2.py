@@ -1,9 +1,14 @@
 """BLIP-2 of transformers, both ways: with OPT, and with Flan-T5."""
 
 import hf
+import numpy as np
+import processors
 import pytest
 from towers import refused
 from vlms import IMAGE_TOKEN, VISION, check
+
+from mmjax.data.image_options import ProcessorConfigError
+from mmjax.data.processor import load_processor
 
 transformers = hf.transformers()
 pytestmark = pytest.mark.torch
@@ -85,3 +90,60 @@ def test_refused(change, message):
     change(config)
     with pytest.raises(ValueError, match=message):
         refused("Blip2ForConditionalGeneration", config)
+
+
+IMAGES = [processors.picture(0, 40, 30), processors.picture(1, 20, 61)]
+TEXTS = ["a red dog", "user: a cat ; bot:"]
+
+
+def saved_processor(directory, template, **changes):
+    """`template`: of the tokenizer, which decides what stands before and after a text."""
+    import tokenizers
+
+    tokenizer = processors.tokenizer("<image>")
+    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=template, special_tokens=ids
+    )
+    theirs = transformers.Blip2Processor(
+        transformers.BlipImageProcessorPil(size={"height": 24, "width": 24}),
+        tokenizer,
+        num_query_tokens=5,
+    )
+    config = config_for("opt")
+    config.image_token_index = tokenizer.convert_tokens_to_ids("<image>")
+    for field, value in changes.items():
+        setattr(config, field, value)
+    return theirs, processors.save(directory, theirs, config)
+
+
+@pytest.mark.parametrize("template", ["<s> $A", "$A </s>", "<s> <s> $A </s>"])
+def test_processor(template, tmp_path):
+    """Of one text each: in a batch transformers pads between image and text."""
+    theirs, directory = saved_processor(tmp_path, template)
+    processor = load_processor(directory)
+    batch = processor(images=IMAGES, text=TEXTS)
+    for row, (image, text) in enumerate(zip(IMAGES, TEXTS, strict=True)):
+        one = processors.check(directory, theirs, [[image]], [text])
+        own = batch["mask"][row]
+        np.testing.assert_array_equal(batch["tokens"][row][own], one["tokens"][0])
+        np.testing.assert_array_equal(batch["place"][row][own], one["place"][0])
+        np.testing.assert_array_equal(batch["images"][row], one["images"][0])
+    # Placeholders may be there, and several of them.
+    again = processor(images=IMAGES, text=["<image>" + text for text in TEXTS])
+    np.testing.assert_array_equal(again["tokens"], batch["tokens"])
+    several = processor(images=[IMAGES], text=["<image><image>a dog"])
+    assert (several["place"][0, :10] == np.arange(10)).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_query_tokens": 4}, "num_query_tokens is 5 in the processor's files and 4"),
+        ({"image_token_index": 3}, "the id of '<image>' is 14 in the processor's files and 3"),
+    ],
+)
+def test_a_processor_and_a_model_that_disagree(changes, message, tmp_path):
+    _, directory = saved_processor(tmp_path, "<s> $A", **changes)
+    with pytest.raises(ProcessorConfigError, match=message):
+        load_processor(directory)
