@@ -72,7 +72,8 @@ def reference(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_equals_transformers(name, tmp_path):
-    check(reference(name), tmp_path, origin=name != "siglip, gemma")
+    origin, generator = name != "siglip, gemma", name == "as published"
+    check(reference(name), tmp_path, origin=origin, generator=generator)
 
 
 @pytest.fixture(scope="module")

@@ -126,6 +126,8 @@ def check(
     theirs: Callable[[Stream], dict[str, Any]] = lambda stream: stream.theirs,
     derived: bool = True,
     origin: bool = True,
+    batch: Stream | None = None,
+    generator: bool = False,
 ) -> None:
     """Everything that a family must show for one config.
 
@@ -134,6 +136,8 @@ def check(
       directory: a scratch directory.
       rows: see `stream`.
       theirs: what the reference is called with.
+      batch: instead of what `stream` makes of the rows.
+      generator: whether it is `mmjax.generate` that generates, which takes longer to compile.
       derived: whether places are left to the model where logits are compared.
       origin: whether the round trip is that of a model that knows where it came from.
     """
@@ -143,7 +147,7 @@ def check(
     source = parity.save_hf(reference, directory / "source")
     model = mmjax.convert.from_pretrained(source)
     config = model.config
-    batch = stream(config, rows)
+    batch = stream(config, rows) if batch is None else batch
     inputs = theirs(batch)
     given, decoder, where = {}, {}, batch.mask
     if model.encoder_decoder:
@@ -159,7 +163,8 @@ def check(
     logits = forward(model, batch.tokens, batch.images, batch.mask, place=place, **given)
     parity.close(family, "logits", logits, expected, where)
     parity.same_argmax(logits, expected, where)
-    np.testing.assert_array_equal(greedy(model, batch), written[:, -NEW_TOKENS:])
+    ours = (_generate if generator else greedy)(model, batch)
+    np.testing.assert_array_equal(ours, written[:, -NEW_TOKENS:])
     if origin:
         call = lambda model: model(**inputs, **decoder).logits  # noqa: E731
         parity.check_round_trip(source, directory / "target", call)
@@ -177,6 +182,17 @@ def forward(model, *inputs, **options) -> jax.Array:
         return params.merge(graph, arrays)(*inputs, **options)
 
     return run(arrays, inputs, options)
+
+
+def _generate(model, batch: Stream) -> np.ndarray:
+    return mmjax.generate(
+        model,
+        batch.tokens,
+        batch.images,
+        batch.mask,
+        place=batch.place,
+        max_new_tokens=NEW_TOKENS,
+    )
 
 
 def greedy(model, batch: Stream) -> np.ndarray:
