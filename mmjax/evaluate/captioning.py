@@ -14,7 +14,7 @@ from mmjax.evaluate.base import EVALUATORS
 from mmjax.evaluate.caption_scores import CaptionScores
 from mmjax.evaluate.metrics import slices
 from mmjax.evaluate.summary import Scoring, means
-from mmjax.search import Embedder
+from mmjax.search import open_embedder
 
 # Of the paper: cosines of CLIP are small.
 _WEIGHT = 2.5
@@ -57,7 +57,8 @@ class CLIPScore(GeneratingEvaluator):
     `GeneratingEvaluator`.
 
     Attributes:
-      weights: a directory of Hugging Face format with a CLIP, SigLIP or AltCLIP.
+      weights: a directory of Hugging Face format with a CLIP, SigLIP or AltCLIP, or the work
+        directory of a run.
       prefix: stands before each caption and reference, as in the paper. A caption too long for the
         model is cut.
 
@@ -72,7 +73,7 @@ class CLIPScore(GeneratingEvaluator):
 
     def __post_init__(self):
         super().__post_init__()
-        self._embedder = Embedder.load(self.weights, batch_size=self.batch_size)
+        self._embedder = open_embedder(self.weights, batch_size=self.batch_size)
         self._pictures: dict[bytes, np.ndarray] = {}
 
     def prepare(self, questions: Sequence[Question]) -> None:

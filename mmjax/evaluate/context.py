@@ -88,7 +88,7 @@ class EvalContext:
     workdir: Path
     batch_size: int
     open_data: Callable[..., Iterable]
-    open_questions: Callable[..., Iterable] | None = None
+    open_questions: Callable[..., Iterable]
 
     def __post_init__(self):
         for parts, what in (

@@ -3,6 +3,7 @@
 from mmjax.search.backends import BACKENDS, Hits
 from mmjax.search.embed import Embedder, fingerprint
 from mmjax.search.index import Index, SearchIndexError
+from mmjax.search.opening import open_embedder
 from mmjax.search.update import Update, find_images, update_index
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "Update",
     "find_images",
     "fingerprint",
+    "open_embedder",
     "update_index",
 ]

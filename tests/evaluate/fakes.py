@@ -114,6 +114,7 @@ def make_context(workdir, *, devices=1, batch_size=8, aligned=True, task=None):
         workdir=Path(workdir),
         batch_size=batch_size,
         open_data=open_data,
+        open_questions=lambda *_, **__: (),
     )
     return context, params
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mmjax.config import ConfigError
-from mmjax.evaluate import make_evaluator, sheets
+from mmjax.evaluate import captioning, make_evaluator, sheets
 from mmjax.evaluate.answer_sheet import spread
 from mmjax.evaluate.asking import batches, distinct
 from mmjax.evaluate.controls import CONTROLS, image_names
@@ -226,7 +226,7 @@ def test_clip_score_equals_the_official_one(context, monkeypatch):
             found = [texts[text.removeprefix("A photo depicts ")] for text in texts_given]
             return unit(np.array(found))
 
-    monkeypatch.setattr("mmjax.search.Embedder.load", lambda weights, batch_size: Embedder())
+    monkeypatch.setattr(captioning, "open_embedder", lambda weights, batch_size: Embedder())
     rights = [("r1", "r2"), ("r2", "r3"), ("r3",)]
     questions = [
         asked.question(i, "", said, right, asked.image("red", i / 9), shown=picture)
