@@ -1,0 +1,107 @@
+"""Every connector trains within a VLM, with the same losses on one device and on any mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from functional import QUICK
+from small_connectors import SMALL
+
+from mmjax import params, sharding
+from mmjax.connectors import CONNECTORS
+from mmjax.models import VLM, LMConfig, ViTConfig, VLMConfig
+from mmjax.nn.partition import activation_sharding
+from mmjax.nn.rope import Rope
+
+MESHES = {"data=8": (8, 1, 1), "fsdp=8": (1, 8, 1), "data=2,fsdp=2,tensor=2": (2, 2, 2)}
+WIDTH, VOCAB, BATCH, STEPS, RATE = 32, 16, 8, 3, 0.3
+TRANSFORMER = {"width": WIDTH, "depth": 1, "heads": 2, "mlp_width": 32, "norm_eps": 1e-6}
+
+
+def vlm_config(name):
+    return VLMConfig(
+        encoder=ViTConfig(
+            image_size=8,
+            patch_size=2,
+            activation="gelu",
+            pooling="none",
+            position="learned",
+            **TRANSFORMER,
+        ),
+        connector=SMALL[name],
+        lm=LMConfig(
+            vocab_size=VOCAB,
+            max_len=64,
+            activation="silu",
+            tied=True,
+            rope=Rope(10_000.0),
+            **TRANSFORMER,
+        ),
+        image_token=VOCAB,
+        features=(-1,),
+    )
+
+
+def make_batch(config):
+    """Two images (a clip, where the connector reads clips) in each row, before its text."""
+    random = np.random.default_rng(0)
+    visual = 2 * config.image_tokens // config.connector.frames
+    text = random.integers(0, VOCAB, (BATCH, 6), dtype=np.int32)
+    places = np.full((BATCH, visual), config.image_token, np.int32)
+    return {
+        "images": random.standard_normal((BATCH, 2, 8, 8, 3), np.float32),
+        "tokens": np.concatenate([places, text], axis=1),
+        "weights": np.arange(visual + 6) >= visual + np.zeros((BATCH, 1)),
+    }
+
+
+def losses(config, mesh):
+    """Of a few steps of gradient descent."""
+    graph, shapes = params.abstract(lambda: VLM(config, rngs=nnx.Rngs(0)))
+    shardings = sharding.parameter_shardings(shapes, sharding.DEFAULT_RULES, mesh)
+    # Made on one device, or their numbers could depend on the mesh.
+    values = params.split(VLM(config, rngs=nnx.Rngs(0)))[1]
+    values = sharding.place_like_sharding(values, shardings)
+    batch = sharding.global_batch(make_batch(config), mesh)
+
+    def loss(values, batch):
+        logits = params.merge(graph, values)(batch["tokens"], batch["images"])
+        targets = jnp.where(batch["weights"], batch["tokens"], 0)[:, 1:]
+        each = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], targets)
+        return jnp.sum(each * batch["weights"][:, 1:]) / jnp.sum(batch["weights"][:, 1:])
+
+    def step(values, batch):
+        with activation_sharding(sharding.activation_constraint(mesh)):
+            value, gradients = jax.value_and_grad(loss)(values, batch)
+        return value, jax.tree.map(lambda x, g: x - RATE * g, values, gradients)
+
+    compiled = jax.jit(
+        step, out_shardings=(None, shardings), donate_argnums=0, compiler_options=QUICK
+    )
+    result = []
+    for _ in range(STEPS):
+        value, values = compiled(values, batch)
+        result.append(float(value))
+    return result
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shard_small_arrays():
+    """Tiny parameters are sharded too, or the fsdp axis would not be tested."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "FSDP_MIN_SIZE", 2)
+        yield
+
+
+@pytest.mark.parametrize("name", CONNECTORS)
+def test_losses_do_not_depend_on_the_mesh(name):
+    config = vlm_config(name)
+    one = sharding.make_mesh(sharding.MeshConfig(1, 1, 1), jax.devices()[:1])
+    expected = losses(config, one)
+    assert expected[-1] < 0.99 * expected[0]
+    for shape in MESHES.values():
+        actual = losses(config, sharding.make_mesh(sharding.MeshConfig(*shape)))
+        np.testing.assert_allclose(actual[0], expected[0], rtol=1e-5)
+        np.testing.assert_allclose(actual, expected, rtol=1e-4)
