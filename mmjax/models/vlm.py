@@ -74,6 +74,11 @@ class VLMConfig:
                     f"features={self.features}: there is no block {block} in an encoder of "
                     f"depth={self.encoder.depth}."
                 )
+        if isinstance(self.lm, LMConfig) and self.lm.embed_width is not None:
+            raise ValueError(
+                f"lm.embed_width={self.lm.embed_width} is not the width {self.lm.width} of visual "
+                "tokens: take a language model whose token table has the width of its blocks."
+            )
         _ = self.image_tokens  # raises where the connector does not fit
 
     @property

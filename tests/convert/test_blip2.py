@@ -83,6 +83,7 @@ def test_equals_transformers(name, tmp_path):
         (lambda hf: setattr(hf, "image_token_index", None), "50265 in Salesforce's"),
         (lambda hf: setattr(hf.qformer_config, "use_qformer_text_input", True), "retrieval"),
         (lambda hf: setattr(hf.text_config, "model_type", "bert"), "model_type='bert'"),
+        (lambda hf: setattr(hf.text_config, "word_embed_proj_dim", 20), "embed_width=20"),
     ],
 )
 def test_refused(change, message):
