@@ -105,12 +105,11 @@ class Asked(NamedTuple):
     text: str
     answers: tuple[str, ...]
     choices: tuple[str, ...] | None
-    image: Any | None
+    image: Any
     question: Turn
 
     def conversation(self, answer: str) -> Conversation:
-        images = () if self.image is None else (self.image,)
-        return Conversation((self.question, Turn("assistant", (answer,))), images).check()
+        return Conversation((self.question, Turn("assistant", (answer,))), (self.image,)).check()
 
 
 class Form(Protocol):

@@ -142,10 +142,9 @@ class Questions:
         pieces = maker.render(conversation)
         sample = maker.encode(Drawn(name, conversation, pieces), (*where, None))
         if id(asked.image) not in images:
-            pictures = maker.pictures(sample)
-            seen = None if asked.image is None else read_image(asked.image)
+            seen = read_image(asked.image)
             images[id(asked.image)] = (
-                np.concatenate(pictures) if pictures else maker.no_pictures(),
+                np.concatenate(maker.pictures(sample)),
                 seen if isinstance(seen, bytes) else None,
             )
         pixels, picture = images[id(asked.image)]

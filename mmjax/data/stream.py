@@ -295,11 +295,6 @@ class ConversationMaker:
         """The ids of what is learnt of a rendered conversation."""
         return np.concatenate([self._chat.encode(piece) for piece in pieces if piece.learnt])
 
-    def no_pictures(self) -> np.ndarray:
-        """The pictures of no image."""
-        side = self._said.layout.size if self._said.layout is not None else 1
-        return np.zeros((0, side, side, 3), np.float32)
-
     # --- rows
 
     def empty(self, size: int, length: int | None = None) -> dict[str, np.ndarray]:

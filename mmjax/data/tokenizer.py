@@ -7,6 +7,7 @@ the caption and keeps `<eos>`. HF tokenizers follow their own conventions.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -19,7 +20,8 @@ import numpy as np
 import tokenizers
 
 from mmjax.config import split_name
-from mmjax.data.sources import DataNotFoundError, existing, get_field, open_source
+from mmjax.data.records import BadRecordError, DataNotFoundError, get_field
+from mmjax.data.sources import existing, open_source
 from mmjax.data.spec import DataSpec, call_strictly, parse, plain
 from mmjax.data.tfds_source import locked
 from mmjax.registry import Registry
@@ -291,13 +293,20 @@ def captions_of(record: dict[str, Any], spec: DataSpec, record_id: str) -> list[
     return [caption for caption in captions if isinstance(caption, str) and caption.strip()]
 
 
-def _captions(spec: DataSpec, limit: int) -> Iterator[str]:
+def _texts(spec: DataSpec, limit: int) -> Iterator[str]:
+    """The captions, or what is said in the conversations, of at most about `limit` records."""
     sources = [open_source(config)[0] for config in spec.sources]
     total = sum(len(source) for source in sources)
     stride = max(1, -(-total // limit))
-    for source in sources:
+    for k, source in enumerate(sources):
         for index in range(0, len(source), stride):
-            yield from captions_of(source[index], spec, source.id(index))
+            if spec.conversation is None:
+                yield from captions_of(source[index], spec, source.id(index))
+                continue
+            # What is wrong with a record is said when it is used.
+            with contextlib.suppress(BadRecordError):
+                conversation = spec.forms[k](source[index], source.id(index), None)
+                yield from (turn.text for turn in conversation.turns)
 
 
 def build_tokenizer(data_config: Any, workdir: str | os.PathLike) -> Tokenizer | None:
@@ -306,8 +315,8 @@ def build_tokenizer(data_config: Any, workdir: str | os.PathLike) -> Tokenizer |
     `data.tokenizer` is None (no text), `dict(name="hf", directory=...)`,
     `dict(name="gguf", path=...)`, or
     `dict(name="bpe" | "wordpiece" | "wordlevel", vocab_size=..., captions=200_000)`, trained on at
-    most about `captions` captions of `data.train`, evenly spread. Safe to call from several
-    processes.
+    most about `captions` captions or conversations of `data.train`, evenly spread. Safe to call
+    from several processes.
 
     Raises:
       ValueError: unknown name or field, or the kept tokenizer was made with another config.
@@ -322,9 +331,9 @@ def build_tokenizer(data_config: Any, workdir: str | os.PathLike) -> Tokenizer |
 
     def train(vocab_size: int, captions: int = 200_000) -> TrainedTokenizer:
         spec = parse(data["train"])
-        if spec.text is None:
+        if spec.text is None and spec.conversation is None:
             raise ValueError("data.tokenizer is set, but data.train has no text to train it on.")
-        return train_tokenizer(name, _captions(spec, captions), vocab_size)
+        return train_tokenizer(name, _texts(spec, captions), vocab_size)
 
     directory = Path(workdir).expanduser() / "tokenizer"
     if not directory.exists():

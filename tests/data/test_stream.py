@@ -11,7 +11,7 @@ from samples import data, encode, picture
 from mmjax.data import TooManyBadRecordsError, open_eval, open_questions, open_train
 from mmjax.data.image import decode
 from mmjax.data.spec import batch_fields
-from mmjax.data.tokenizer import train_tokenizer
+from mmjax.data.tokenizer import build_tokenizer, train_tokenizer
 from mmjax.data.visual import LAYOUTS
 
 LAYOUT = dict(name="tiles", preset="siglip", size=16, tokens=2, rows=2, columns=2)
@@ -256,6 +256,14 @@ def test_resuming_anywhere_and_any_number_of_processes(root, tokenizer, options)
     changed = train | dict(conversation=train["conversation"] | dict(window=32))
     with pytest.raises(ValueError, match="arrangement: saved"):
         opened(changed, tokenizer).set_state(states[1])
+
+
+def test_a_tokenizer_trained_on_conversations(root, tmp_path):
+    train = stream([source(root, "about"), source(root, "asked", form="questions")])
+    config = data(train) | dict(tokenizer=dict(name="wordlevel", vocab_size=60))
+    tokenizer = build_tokenizer(config, tmp_path)
+    said = "how many three cats there"
+    assert tokenizer.decode(tokenizer.encode([said], 9).ids[0]) == said
 
 
 def test_worker_processes_make_the_same(root, tokenizer):
