@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 
 from mmjax.convert import CONFIG
-from mmjax.models import LM, T5, NaFlexViT, T5Encoder, ViT
+from mmjax.data import anyres
+from mmjax.data.visual import TEXT as NO_PLACE
+from mmjax.models import LM, T5, VLM, NaFlexViT, T5Encoder, ViT, VLMConfig, VLMOutput
 from mmjax.models.clip import CLIP
 from mmjax.models.siglip import NaFlexSigLIP, SigLIP
 from mmjax.params import merge, split
@@ -142,6 +144,73 @@ def _t5(model: T5, reference: Any) -> Iterator[Row]:
     yield "logits", *_both(logits, theirs.logits)
 
 
+@COMPARISONS.register("VLM")
+def _vlm(model: VLM, reference: Any) -> Iterator[Row]:
+    config, see = model.config, SEEING[type(reference).__name__]
+    places, pictures = see.image(config, reference.config)
+    text = _tokens(config.vocab_size)
+    image = np.full((BATCH, len(places)), config.image_token, np.int32)
+    tokens = np.concatenate([image, text], axis=1)
+    place = np.concatenate([np.broadcast_to(places, image.shape), np.full_like(text, NO_PLACE)], 1)
+    pixels = np.stack([_pixels(config.encoder, seed) for seed in range(pictures)], axis=1)
+    inputs = see.inputs(pixels, tokens, reference.config)
+    tower = getattr(reference.base_model, see.tower)
+    yield from _image_rows(model.encoder, _call(tower, pixel_values=pixels[:, 0]), "image ")
+
+    def run(model: VLM, tokens: Any, images: Any, place: Any) -> VLMOutput:
+        return model.run(tokens, images, place=place)
+
+    out = _jitted(model, run, tokens, pixels.transpose(0, 1, 3, 4, 2), place)
+    theirs = _call(reference, input_ids=tokens, **inputs)
+    yield "hidden", *_both(out.hidden, theirs.hidden_states[-1])
+    yield "logits", *_both(out.logits, theirs.logits)
+
+
+class See(NamedTuple):
+    """How a class of transformers is shown images.
+
+    Attributes:
+      image: (config, theirs) -> the places of an image, and how many pictures it is.
+      inputs: (pixels [B, pictures, C, H, W], tokens, their config) -> what the class is called with
+        beside tokens.
+      tower: the attribute that is the image tower.
+    """
+
+    image: Callable[[VLMConfig, Any], tuple[np.ndarray, int]] = lambda config, theirs: (
+        np.arange(config.image_tokens),
+        1,
+    )
+    inputs: Callable[[np.ndarray, np.ndarray, Any], dict[str, np.ndarray]] = (
+        lambda pixels, tokens, theirs: {"pixel_values": pixels[:, 0]}
+    )
+    tower: str = "vision_tower"
+
+
+def _board(config: VLMConfig, theirs: Any) -> tuple[np.ndarray, int]:
+    """Of an image that is higher than wide, so that some of its board is left out."""
+    side = config.encoder.image_size
+    grid = config.encoder.grid[0]
+    plan = anyres.lay_out(side, 3 * side, theirs.image_grid_pinpoints, side, grid)
+    return np.concatenate(plan.pieces), plan.pictures
+
+
+def _board_inputs(pixels: np.ndarray, tokens: np.ndarray, theirs: Any) -> dict[str, np.ndarray]:
+    side = pixels.shape[-1]
+    return {"pixel_values": pixels, "image_sizes": np.array([[3 * side, side]] * len(pixels))}
+
+
+def _prefix_inputs(pixels: np.ndarray, tokens: np.ndarray, theirs: Any) -> dict[str, np.ndarray]:
+    return {"pixel_values": pixels[:, 0], "token_type_ids": np.zeros_like(tokens)}
+
+
+# By name of the class in transformers.
+SEEING = {
+    "LlavaForConditionalGeneration": See(),
+    "LlavaNextForConditionalGeneration": See(_board, _board_inputs),
+    "PaliGemmaForConditionalGeneration": See(inputs=_prefix_inputs),
+}
+
+
 def _pair_rows(model: nnx.Module, reference: Any, images: dict[str, np.ndarray]) -> Iterator[Row]:
     tokens = _tokens(_vocabulary(model.text))
     theirs = _call(reference, input_ids=tokens, **images)
@@ -236,11 +305,11 @@ def _vocabulary(tower: nnx.Module) -> int:
     return config.vocab_size if hasattr(config, "vocab_size") else config.bert.vocab_size
 
 
-def _pixels(config: Any) -> np.ndarray:
+def _pixels(config: Any, seed: int = 0) -> np.ndarray:
     size = config.image_size
     height, width = (size, size) if isinstance(size, int) else size
     shape = (BATCH, config.channels, height, width)
-    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def _naflex_inputs(config: Any) -> dict[str, np.ndarray]:

@@ -291,9 +291,8 @@ def load_processor(directory: str | os.PathLike) -> Processor:
         name = vlm_processor.class_of([processor, images, declared], config)
         if name is not None:
             facts = vlm_processor.Facts(processor, images, kind, hf_config(config), tokenizer)
-            sight = vlm_processor.PROCESSORS[name](facts)
             template = (_read_json(path / "chat_template.json") or {}).get("chat_template")
-            return vlm_processor.VLMProcessor(path, sight, tokenizer, config, template)
+            return vlm_processor.VLMProcessor(path, name, facts, config, template)
     return Processor(path, ImageProcessor(kind, images), tokenizer, config)
 
 

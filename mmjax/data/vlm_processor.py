@@ -97,26 +97,32 @@ class VLMProcessor(Processor):
     """See the module's docstring, and `Processor` for what is not said here.
 
     Args:
+      name: of its class, in `PROCESSORS`.
       template: of chats; None: the tokenizer's.
 
     Attributes:
       sight: how images become pictures and places.
       token_id: what stands at visual places.
+
+    Raises:
+      ProcessorConfigError: files of the directory that do not belong together.
     """
 
     def __init__(
         self,
         directory: Path,
-        sight: Sight,
-        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        facts: Facts,
         config: Mapping[str, Any],
         template: str | None,
     ):
-        super().__init__(directory, sight.images, tokenizer, config)
-        self.sight = sight
-        self._side = sight.side
+        self.sight = PROCESSORS[name](facts)
+        super().__init__(directory, self.sight.images, facts.tokenizer, config)
+        self._side = self.sight.side
         self._template = template
-        self.token_id = tokenizer.convert_tokens_to_ids(sight.token)
+        here, there = self.sight.token, facts.model and facts.model.image_token_id
+        self.token_id = facts.tokenizer.convert_tokens_to_ids(here)
+        agreed(f"the id of {here!r}", self.token_id, there)
 
     def __call__(
         self,
@@ -528,8 +534,6 @@ def _blip2(facts: Facts) -> Sight:
     side, model, token = picture_side(images, facts.model), facts.model, Sight.token
     if token not in facts.tokenizer.get_vocab():  # as in the first directories
         facts.tokenizer.add_tokens([token], special_tokens=True)
-    here = facts.tokenizer.convert_tokens_to_ids(token)
-    agreed(f"the id of {token!r}", here, model and model.image_token_index)
     key = "num_query_tokens"
     tokens = agreed(key, facts.processor.get(key), model and model.num_query_tokens)
     before, after = _ends(facts.tokenizer)

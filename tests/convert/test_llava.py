@@ -186,9 +186,11 @@ def directory_of(name, directory):
     if kind == "Siglip":
         config.vision_config = transformers.SiglipVisionConfig(**VISION)
         config.vision_feature_select_strategy = "full"
+    tokenizer = processors.tokenizer("<image>")
+    config.image_token_index = tokenizer.convert_tokens_to_ids("<image>")
     theirs = transformers.LlavaProcessor(
         image_processor(kind, **image_options),
-        processors.tokenizer("<image>"),
+        tokenizer,
         patch_size=8,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         chat_template=processors.TEMPLATE,
@@ -271,6 +273,12 @@ def test_directories_that_disagree(tmp_path):
     images = content["image_processor"] | {"crop_size": {"height": 16, "width": 16}}
     says("the size of pictures is 16 in the processor's files and 24", image_processor=images)
     says("squares of one size", image_processor=images | {"do_center_crop": False})
+    model = transformers.LlavaConfig.from_pretrained(directory)
+    model.image_token_index = 3
+    model.save_pretrained(directory)
+    says("the id of '<image>' is 14 in the processor's files and 3")
+    model.image_token_index = 14
+    model.save_pretrained(directory)
     # An old directory says little; the model says the rest.
     path.write_text(json.dumps({"image_processor": content["image_processor"]}))
     batch = load_processor(directory)(images=IMAGES[0], text=TEXTS[0])

@@ -89,10 +89,11 @@ def test_images_and_texts_through_processor_and_model(tmp_path):
     """Both processors, both models: from pictures to new tokens."""
     theirs, directory = processor_of("as published", tmp_path / "processor")
     batch = processors.check(directory, theirs, IMAGES, TEXTS)
+    config = transformers.LlavaNextConfig.from_pretrained(directory)
     flat = [image for group in IMAGES for image in group]
     inputs = theirs(images=flat, text=TEXTS, padding=True, padding_side="left", return_tensors="pt")
     check(
-        reference("as published"),
+        getattr(transformers, NAME)(config),
         tmp_path,
         theirs=lambda stream: dict(inputs),
         derived=False,
@@ -103,12 +104,13 @@ def test_images_and_texts_through_processor_and_model(tmp_path):
 
 def processor_of(name, directory, **options):
     """That of transformers, saved beside the config of a case."""
-    config = config_of(name)
+    config, tokenizer = config_of(name), processors.tokenizer("<image>")
+    config.image_token_index = tokenizer.convert_tokens_to_ids("<image>")
     theirs = transformers.LlavaNextProcessor(
         transformers.LlavaNextImageProcessorPil(
             size={"shortest_edge": 24}, crop_size=24, image_grid_pinpoints=PINPOINTS, **options
         ),
-        processors.tokenizer("<image>"),
+        tokenizer,
         patch_size=8,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=int("siglip" not in name),
@@ -159,7 +161,7 @@ def test_what_cannot_be_computed_is_refused(tmp_path):
     with pytest.raises(ValueError, match="they have patches only"):
         refused(NAME, config)
     _, directory = processor_of("as published", tmp_path)
-    config = config_of("as published")
+    config = transformers.LlavaNextConfig.from_pretrained(directory)
     config.image_grid_pinpoints = [[24, 48]]
     config.save_pretrained(directory)
     with pytest.raises(ProcessorConfigError, match=r"image_grid_pinpoints is .* do not belong"):

@@ -99,6 +99,7 @@ def test_processor(directory):
 def test_what_does_not_fit_is_refused(directory, tmp_path):
     theirs, _ = directory
     config = config_of("gemma")
+    config.image_token_index = theirs.image_token_id
     config.projection_dim = 20
     with pytest.raises(ValueError, match="projection_dim=20 must be the width"):
         refused(NAME, config)

@@ -47,6 +47,15 @@ MODELS = {
             "decoder_start_token_id": 0,
         },
     ),
+    "LlavaNextForConditionalGeneration": (
+        "LlavaNextConfig",
+        {
+            "text_config": {**TEXT, "model_type": "mistral", "num_key_value_heads": 2},
+            "vision_config": {**IMAGE, "model_type": "clip_vision_model"},
+            "image_token_index": 59,
+            "image_grid_pinpoints": [[16, 32], [32, 32]],
+        },
+    ),
 }
 
 
