@@ -9,6 +9,7 @@ import pytest
 from towers import refused
 from vlms import IMAGE_TOKEN, LANGUAGE, VISION, check
 
+import mmjax.convert
 from mmjax.convert.families.idefics3 import regular_positions
 from mmjax.data.idefics3 import AROUND
 from mmjax.data.image_options import ProcessorConfigError
@@ -74,6 +75,19 @@ def test_equals_transformers(name, tmp_path):
     prefix = CASES[name][0]
     reference = getattr(transformers, f"{prefix}ForConditionalGeneration")(config_for(name))
     check(reference, tmp_path, theirs=theirs, origin=not name.startswith("smolvlm, tied"))
+
+
+def test_first_checkpoints():
+    """Those of SmolVLM 256M and 500M say of the tower what is true of the whole."""
+    config = config_for("idefics3, every second patch")
+    content = config.to_dict()
+    content["vision_config"]["model_type"] = "idefics3"
+    family = mmjax.convert.family.families()["Idefics3ForConditionalGeneration"]
+    old, new = (
+        family.from_hf(mmjax.convert.Source(hf_config, frozenset(), None))
+        for hf_config in (transformers.Idefics3Config.from_dict(content), config)
+    )
+    assert old == new
 
 
 def test_positions_of_patches():

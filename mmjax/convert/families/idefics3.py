@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -79,8 +80,11 @@ def vision_options(config: ViTConfig) -> dict[str, Any]:
 
 def from_hf(source: Source) -> VLMConfig:
     hf = source.config
+    vision = copy.copy(hf.vision_config)
+    # In the first checkpoints it stands as that of the whole.
+    vision.model_type = type(vision).model_type
     return VLMConfig(
-        encoder=ENCODER.from_hf(source),
+        encoder=ENCODER.from_hf(source, vision),
         connector=PixelShuffleConfig(hf.scale_factor),
         # The whole has the head, so that it says whether there is one.
         lm=dataclasses.replace(TEXT.from_hf(source), tied=hf.tie_word_embeddings),
