@@ -131,7 +131,7 @@ def _lines(card: Card) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _shortened(text: str) -> str:
-    text = text.strip() or "(nothing)"
+    text = " ".join(text.split()) or "(nothing)"
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST].rstrip()}\N{HORIZONTAL ELLIPSIS}"
 
 

@@ -19,6 +19,8 @@ ICONS_NOTE = "Scores on icons say nothing about photographs: not comparable with
 GREEN, RED, GREY = "#1a9850", "#c0392b", "#666666"
 # Last parts of metric names that are shares between 0 and 1 and worth a curve.
 SHARES = ("R@1", "R@5", "R@10", "mAP", "top1", "top5", "accuracy")
+# What stands beside a score in metric names, and gets no curve of its own.
+BESIDE = {"chance", "pixels", "blind", "shuffled", "majority"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,9 +186,10 @@ def learning_curves(
 
 
 def _draw_shares(axes: Any, group: Mapping[str, list]) -> None:
-    """Scores in per cent. One colour for each kind of score, one line style for each direction."""
+    """Scores in per cent. One colour for each kind of score, one line style for each direction; of
+    one kind of score, one colour for each direction or group."""
     scores = {
-        name: curve for name, curve in group.items() if not name.startswith(("chance/", "pixels/"))
+        name: curve for name, curve in group.items() if not BESIDE & set(name.split("/")[:-1])
     }
     kinds = sorted({name.split("/")[-1] for name in scores}, key=SHARES.index)
     ways = sorted({name.rpartition("/")[0] for name in scores}, reverse=True)
@@ -198,8 +201,8 @@ def _draw_shares(axes: Any, group: Mapping[str, list]) -> None:
         axes.plot(
             steps,
             [100 * value for value in values],
-            color=f"C{kinds.index(kind)}",
-            linestyle=styles[way],
+            color=f"C{kinds.index(kind) if len(kinds) > 1 else ways.index(way)}",
+            linestyle=styles[way] if len(kinds) > 1 else "-",
             label=name.replace("_to_", " -> ").replace("/", " "),
             **_marker(curve),
         )
