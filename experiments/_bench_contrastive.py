@@ -139,7 +139,7 @@ class MMJax:
         device = self.jax.local_devices()[0]
         memory = device.memory_stats()
         return {
-            "peak_gib": memory["peak_bytes_in_use"] / 2**30 if memory else _peak_rss(),
+            "peak_gib": memory["peak_bytes_in_use"] / 2**30 if memory else peak_rss(),
             "compile_s": {"train": self.train_compile, "infer": self.infer_compile},
             "train_flops": self.train_flops,
             "device": device.device_kind,
@@ -221,7 +221,7 @@ class Torch:
 
     def facts(self) -> dict[str, Any]:
         torch = self.torch
-        peak = torch.cuda.max_memory_allocated() / 2**30 if self.device == "cuda" else _peak_rss()
+        peak = torch.cuda.max_memory_allocated() / 2**30 if self.device == "cuda" else peak_rss()
         return {"peak_gib": peak, "compile_s": self.compile_s}
 
 
@@ -240,7 +240,7 @@ def _inputs(random: Any, batch: int) -> tuple[Any, Any]:
     return images, tokens
 
 
-def _peak_rss() -> float:
+def peak_rss() -> float:
     """GiB of this process at its highest, with libraries."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
@@ -276,7 +276,7 @@ def main(argv: list[str]) -> int:
                     times.setdefault((mode, name), []).append(seconds)
         facts = {name: ask(name, "facts") for name in sides}
 
-    peak = _peak_flops(device, facts["mmjax"]["device"], args.dtype)
+    peak = peak_flops(device, facts["mmjax"]["device"], args.dtype)
     flops = {"train": facts["mmjax"]["train_flops"], "infer": facts["mmjax"]["train_flops"] / 3}
     print(
         f"\nCLIP {args.size}, {RESOLUTION} px, batch {args.batch}, {args.dtype}, "
@@ -310,7 +310,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _peak_flops(device: str, kind: str, dtype: str) -> float:
+def peak_flops(device: str, kind: str, dtype: str) -> float:
     """FLOP/s that could be had at best."""
     from mmjax.flops import PEAK_TFLOPS
 

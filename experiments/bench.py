@@ -7,6 +7,7 @@ python -m experiments.bench compile
 python -m experiments.bench frozen
 python -m experiments.bench generate [--weights DIR_OR_GGUF] [--batch 1 8]
 python -m experiments.bench load
+python -m experiments.bench vlm [--connectors mlp qformer]
 python -m experiments.bench search [--images 10000]
 """
 
@@ -28,6 +29,7 @@ BENCHES = {
     "compile": "experiments._bench_compile",
     "frozen": "experiments._bench_frozen",
     "generate": "experiments._bench_generate",
+    "vlm": "experiments._bench_vlm",
     "load": "experiments._bench_load",
     "search": "experiments._bench_search",
 }

@@ -61,8 +61,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         start="runs/align",
         connector="pixel_shuffle",
         steps=0,
-        batch=4,
-        length=128,
+        batch=1,
+        length=384,
         lr=0.0,
         rank=0,
         eval=300,
@@ -84,16 +84,18 @@ def get_config(arg: str | None = None) -> ConfigDict:
     init = (("encoder/(.*)", arg.encoder, r"image/\1"), ("lm/(.*)", lm, r"\1"))
     if arg.stage == "tune":
         init = ((".*", arg.start, r"\g<0>"),)
-    trainable = (("encoder/.*", False), (".*", True))
+    # The language model learns slower than what is new to it, the encoder slower still.
+    trainable, rates = ((".*", True),), (("lm/.*", 0.5), ("encoder/.*", 0.25), (".*", 1.0))
     if aligning:
-        trainable = (("connector/.*", True), (".*", False))
+        trainable, rates = (("connector/.*", True), (".*", False)), ((".*", 1.0),)
     steps = arg.steps or (400 if aligning else 500)
 
     def data(*sources: dict, **options) -> dict:
         conversation = dict(
-            template="qa",
+            # Captions follow their image without a question, as in LLaVA's first stage.
+            template="plain" if aligning else "qa",
             max_len=arg.length,
-            images=18,
+            images=40,
             layout=dict(
                 name="tiles",
                 preset="siglip",
@@ -105,6 +107,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                     tuple(f" {cell}:" for cell in CELLS[row : row + 3]) for row in (0, 3, 6)
                 ),
             ),
+            parents=True,
             image_token=IMAGE_TOKEN,
         )
         return dict(sources=list(sources), conversation=conversation | options)
@@ -117,13 +120,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     tiles = dict(name="tfds", dataset="scene_tiles", split="seen", form="caption")
     if aligning:
-        train = [tiles | dict(weight=3.0), scenes("train", caption=1.0)]
+        train = [tiles | dict(weight=20.0), scenes("train", caption=1.0)]
     else:
         train = [
-            scenes("train", turns=12) | dict(weight=3.0),
-            easy("train", turns=6) | dict(weight=1.0),
+            scenes("train", turns=12, apart=True, caption=0.25) | dict(weight=3.0),
+            easy("train", turns=6, apart=True) | dict(weight=1.0),
         ]
-    targets = arg.length // 2
+    targets = 3 * arg.length // 4 if aligning else arg.length // 4
     evals = {}
     if not aligning:
         for key, source, title in (
@@ -157,12 +160,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
         ),
         optimizer=dict(
             name="adamw",
-            learning_rate=arg.lr or (2e-3 if aligning else 5e-4),
+            options=dict(b2=0.95),
+            learning_rate=arg.lr or 1e-3,
             schedule=dict(name="cosine", warmup=steps // 20),
             weight_decay=0.01,
             clip_norm=1.0,
         ),
-        rules=dict(trainable=trainable),
+        rules=dict(trainable=trainable, learning_rate=rates),
         train=dict(steps=steps, batch_size=arg.batch, log_every=20),
         checkpoint=dict(every=steps),
         evals=evals,
