@@ -152,7 +152,8 @@ class Loader(Iterator[Batch]):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps that draw as many samples as the sources hold together, rounded down."""
+        """Steps that draw as many samples as the sources hold together, rounded down; fewer do
+        where conversations are packed."""
         return self.samples_per_epoch // (self._batch_size * self._process_count)
 
     def __next__(self) -> Batch:

@@ -207,6 +207,27 @@ def test_a_row_spelled_out(root, tokenizer):
     assert (ids[row["weights"][: len(ids)] > 0] == tokenizer.eos_id).sum() == 2
 
 
+def test_markers_and_newlines_among_visual_tokens(root, tokenizer, tmp_path):
+    (tmp_path / "wide.png").write_bytes(encode(picture(0, (32, 16)), "PNG"))
+    said = [{"from": "human", "value": "<image>what"}, {"from": "gpt", "value": "dog"}]
+    write(tmp_path / "wide.json", [{"image": "wide.png", "conversations": said}])
+
+    def places(**layout):
+        config = stream([source(tmp_path, "wide")], layout=layout)
+        (row,) = alone(config, tokenizer).values()
+        visual = np.flatnonzero(row["place"] != -1)
+        between = slice(visual[0], visual[-1] + 1)
+        return row["place"][between].tolist(), row["tokens"][between].tolist()
+
+    place, tokens = places(**LAYOUT, markers=[["<bos>", "<eos><bos>"], ["", ""]])
+    assert place == [0, 1, -1, -1, 2, 3]
+    # Special tokens of the config are such; and so is the one before the first tile.
+    assert tokens == [PLACEHOLDER] * 2 + [tokenizer.eos_id, tokenizer.bos_id] + [PLACEHOLDER] * 2
+    anyres = dict(name="anyres", preset="clip", size=16, tokens=1, pinpoints=[[16, 32], [32, 16]])
+    place, tokens = places(**anyres)
+    assert place == [0, 1, 2, -2] and tokens == [PLACEHOLDER] * 4
+
+
 def test_rows_are_full(root, tokenizer):
     loader = opened(mixture(root), tokenizer, batch=8)
     batches = taken(loader, 20)
@@ -268,7 +289,7 @@ def test_a_tokenizer_trained_on_conversations(root, tmp_path):
 
 def test_worker_processes_make_the_same(root, tokenizer):
     expected = taken(opened(mixture(root), tokenizer), 4)
-    loader = opened(mixture(root), tokenizer, workers=1)
+    loader = opened(mixture(root), tokenizer, workers=2)
     try:
         for batch in expected:
             assert_same(next(loader), batch)
