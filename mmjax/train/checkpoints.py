@@ -298,6 +298,8 @@ def restore_params(
                 + "\nMerge them (python -m experiments.convert --source RUN --target NEW_DIR --to "
                 "orbax) and take the result, or give config.lora the values it had there."
             )
+        if not where:
+            return step, {}
         tree: dict[str, Params] = {}
         for path, group in where.items():
             tree.setdefault(group, {})[path] = targets[path]

@@ -349,7 +349,7 @@ def load_initial(experiment: Experiment) -> Params:
         arrays = _read_params(Path(source), {there: targets[here] for here, there in names.items()})
         loaded |= {here: arrays[there] for here, there in names.items() if there in arrays}
         if any(map(lora.is_adapter, arrays)):
-            check_adapters(experiment.config.lora, Path(source))
+            check_adapters(experiment.config.lora.to_dict(), Path(source))
     for row, taken in rows:
         if not loaded.keys() & set(taken):
             raise rules.RuleError(

@@ -89,7 +89,7 @@ def batch(step: int = 0, size: int = 16) -> dict[str, np.ndarray]:
     }
 
 
-def steps(experiment, count: int, fields=None):
+def steps(experiment, count: int, fields=None, compiler_options=None):
     """Run some steps on random batches; returns the state and the losses."""
     from mmjax import sharding
 
@@ -100,7 +100,7 @@ def steps(experiment, count: int, fields=None):
         arrays = {name: batch(index, experiment.train.batch_size)[name] for name in fields}
         arrays = sharding.global_batch(arrays, experiment.mesh)
         if compiled is None:
-            compiled = experiment.lower_step(arrays).compile()
+            compiled = experiment.lower_step(arrays).compile(compiler_options)
         state, metrics = compiled(state, arrays)
         losses.append(float(metrics["loss"]))
     return state, losses
