@@ -48,6 +48,16 @@ def test_paths_bytes_and_company_make_no_difference(embedder, tmp_path):
         embedder.images([])
 
 
+def test_texts_are_cut_if_asked(embedder):
+    long = "a red cat " * 20
+    with pytest.raises(ValueError, match="where the model takes 16"):
+        embedder.texts([long, "dog"])
+    cut, short = embedder.texts([long, "dog"], truncation=True)
+    np.testing.assert_array_equal(cut, embedder.texts([2 * long, "dog"], truncation=True)[0])
+    np.testing.assert_allclose(short, embedder.texts(["dog"])[0], atol=1e-6)
+    assert cut @ short < 0.999
+
+
 def test_one_compilation_for_batches_and_one_for_single_items(weights):
     embedder = Embedder.load(weights, batch_size=16)
     for count in (1, 3, 16, 21):
