@@ -14,7 +14,7 @@ from flax import nnx
 from mmjax.convert import CONFIG
 from mmjax.data import anyres
 from mmjax.data.visual import TEXT as NO_PLACE
-from mmjax.models import LM, T5, VLM, NaFlexViT, T5Encoder, ViT, VLMConfig, VLMOutput
+from mmjax.models import LM, T5, VLM, NaFlexViT, T5Encoder, ViT, VLMConfig
 from mmjax.models.clip import CLIP
 from mmjax.models.siglip import NaFlexSigLIP, SigLIP
 from mmjax.params import merge, split
@@ -149,66 +149,74 @@ def _vlm(model: VLM, reference: Any) -> Iterator[Row]:
     config, see = model.config, SEEING[type(reference).__name__]
     places, pictures = see.image(config, reference.config)
     text = _tokens(config.vocab_size)
+    text = np.where(text == config.image_token, 0, text)
     image = np.full((BATCH, len(places)), config.image_token, np.int32)
     tokens = np.concatenate([image, text], axis=1)
     place = np.concatenate([np.broadcast_to(places, image.shape), np.full_like(text, NO_PLACE)], 1)
     pixels = np.stack([_pixels(config.encoder, seed) for seed in range(pictures)], axis=1)
-    inputs = see.inputs(pixels, tokens, reference.config)
     tower = getattr(reference.base_model, see.tower)
     yield from _image_rows(model.encoder, _call(tower, pixel_values=pixels[:, 0]), "image ")
+    given = {"place": place}
+    inputs = {"input_ids": tokens, **see.inputs(pixels, tokens)}
+    if model.encoder_decoder:
+        given["decoder_tokens"] = inputs["decoder_input_ids"] = _tokens(config.vocab_size, seed=1)
 
-    def run(model: VLM, tokens: Any, images: Any, place: Any) -> VLMOutput:
-        return model.run(tokens, images, place=place)
+    def run(model: VLM, tokens: Any, images: Any, given: dict[str, Any]) -> Any:
+        return model.run(tokens, images, **given).logits
 
-    out = _jitted(model, run, tokens, pixels.transpose(0, 1, 3, 4, 2), place)
-    theirs = _call(reference, input_ids=tokens, **inputs)
-    yield "hidden", *_both(out.hidden, theirs.hidden_states[-1])
-    yield "logits", *_both(out.logits, theirs.logits)
+    logits = _jitted(model, run, tokens, pixels.transpose(0, 1, 3, 4, 2), given)
+    yield "logits", *_both(logits, _call(reference, **inputs).logits)
 
 
 class See(NamedTuple):
-    """How a class of transformers is shown images.
+    """How a class of transformers is shown an image at the beginning of each text.
 
     Attributes:
-      image: (config, theirs) -> the places of an image, and how many pictures it is.
-      inputs: (pixels [B, pictures, C, H, W], tokens, their config) -> what the class is called with
-        beside tokens.
+      inputs: (pixels [B, pictures, C, H, W], tokens) -> what the class takes beside tokens.
       tower: the attribute that is the image tower.
+      image: (config, theirs) -> the places of an image, and how many pictures it is.
     """
 
+    inputs: Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
+    tower: str = "vision_tower"
     image: Callable[[VLMConfig, Any], tuple[np.ndarray, int]] = lambda config, theirs: (
         np.arange(config.image_tokens),
         1,
     )
-    inputs: Callable[[np.ndarray, np.ndarray, Any], dict[str, np.ndarray]] = (
-        lambda pixels, tokens, theirs: {"pixel_values": pixels[:, 0]}
-    )
-    tower: str = "vision_tower"
 
 
 def _board(config: VLMConfig, theirs: Any) -> tuple[np.ndarray, int]:
-    """Of an image that is higher than wide, so that some of its board is left out."""
-    side = config.encoder.image_size
-    grid = config.encoder.grid[0]
+    """Of an image so high that some of its board is left out."""
+    side, grid = config.encoder.image_size, config.encoder.grid[0]
     plan = anyres.lay_out(side, 3 * side, theirs.image_grid_pinpoints, side, grid)
     return np.concatenate(plan.pieces), plan.pictures
 
 
-def _board_inputs(pixels: np.ndarray, tokens: np.ndarray, theirs: Any) -> dict[str, np.ndarray]:
+def _board_inputs(pixels: np.ndarray, tokens: np.ndarray) -> dict[str, np.ndarray]:
     side = pixels.shape[-1]
     return {"pixel_values": pixels, "image_sizes": np.array([[3 * side, side]] * len(pixels))}
 
 
-def _prefix_inputs(pixels: np.ndarray, tokens: np.ndarray, theirs: Any) -> dict[str, np.ndarray]:
+def _one(pixels: np.ndarray, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    return {"pixel_values": pixels[:, 0]}
+
+
+def _rows(pixels: np.ndarray, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    return {"pixel_values": pixels}
+
+
+def _prefix(pixels: np.ndarray, tokens: np.ndarray) -> dict[str, np.ndarray]:
     return {"pixel_values": pixels[:, 0], "token_type_ids": np.zeros_like(tokens)}
 
 
 # By name of the class in transformers.
-SEEING = {
-    "LlavaForConditionalGeneration": See(),
-    "LlavaNextForConditionalGeneration": See(_board, _board_inputs),
-    "PaliGemmaForConditionalGeneration": See(inputs=_prefix_inputs),
-}
+SEEING: Registry[See] = Registry("comparison of models that see")
+SEEING.register("LlavaForConditionalGeneration")(See(_one))
+SEEING.register("LlavaNextForConditionalGeneration")(See(_board_inputs, image=_board))
+SEEING.register("PaliGemmaForConditionalGeneration")(See(_prefix))
+SEEING.register("Blip2ForConditionalGeneration")(See(_one, "vision_model"))
+SEEING.register("Idefics3ForConditionalGeneration")(See(_rows, "vision_model"))
+SEEING.register("SmolVLMForConditionalGeneration")(See(_rows, "vision_model"))
 
 
 def _pair_rows(model: nnx.Module, reference: Any, images: dict[str, np.ndarray]) -> Iterator[Row]:

@@ -46,11 +46,11 @@ CASES = {
         {"sliding_window": 7},
         {"vision_feature_layer": [1, -1, -3], "multimodal_projector_bias": False},
     ),
-    "siglip, gemma": (
+    "siglip, gemma 2": (
         "SiglipVisionConfig",
-        "GemmaConfig",
+        "Gemma2Config",
         {"image_size": 20},
-        {"head_dim": 10},
+        {"head_dim": 10, "final_logit_softcapping": 1.0, "attn_logit_softcapping": None},
         {"vision_feature_layer": 2, "vision_feature_select_strategy": "full"},
     ),
 }
@@ -72,7 +72,7 @@ def reference(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_equals_transformers(name, tmp_path):
-    origin, generator = name != "siglip, gemma", name == "as published"
+    origin, generator = name != "siglip, gemma 2", name == "as published"
     check(reference(name), tmp_path, origin=origin, generator=generator)
 
 
@@ -111,7 +111,7 @@ def test_names_of_other_versions(saved, changes, tmp_path):
         ("as published", {"vision_feature_layer": [-1, -3]}, "-3 is not the output"),
         ("as published", {"vision_feature_layer": 3}, "3 is not the output"),
         ("as published", {"projector_hidden_act": "mish"}, "projector_hidden_act='mish'"),
-        ("siglip, gemma", {"vision_feature_select_strategy": "default"}, "has none"),
+        ("siglip, gemma 2", {"vision_feature_select_strategy": "default"}, "has none"),
         (
             "as published",
             {"text_config": transformers.FalconConfig()},
@@ -151,6 +151,16 @@ def test_a_model_that_the_format_cannot_say_is_not_saved(saved, change, message,
     model.connector = make_connector(model.config.connector, 32, 32, rngs=nnx.Rngs(0))
     with pytest.raises(mmjax.convert.ConversionError, match=message):
         mmjax.convert.save_pretrained(model, tmp_path / "target")
+
+
+def test_another_resolution(saved, tmp_path):
+    model = mmjax.convert.from_pretrained(saved, image_size=40)
+    assert model.config.image_tokens == 25
+    mmjax.convert.save_pretrained(model, tmp_path / "target")
+    theirs = getattr(transformers, NAME).from_pretrained(tmp_path / "target")
+    assert theirs.config.vision_config.image_size == 40 and theirs.config.image_seq_length == 25
+    positions = theirs.model.vision_tower.embeddings.position_embedding.weight
+    np.testing.assert_array_equal(positions.detach(), model.encoder.position.embedding)
 
 
 def test_an_experiment_takes_the_model(saved):
@@ -229,7 +239,11 @@ def test_chat(tmp_path):
         np.testing.assert_array_equal(batch["tokens"], wanted["input_ids"])
         pixels = wanted["pixel_values"].transpose(0, 2, 3, 1)[None]
         np.testing.assert_array_equal(batch["images"], pixels)
-    text = processor.apply_chat_template(talk, tokenize=False, **options)
+    # As older versions wrote templates.
+    (directory / "chat_template.jinja").unlink()
+    template = json.dumps({"chat_template": processors.TEMPLATE})
+    (directory / "chat_template.json").write_text(template)
+    text = load_processor(directory).apply_chat_template(talk, tokenize=False, **options)
     assert text == theirs.apply_chat_template(talk, **options)
     with pytest.raises(ValueError, match="without an image"):
         processor.apply_chat_template(places)

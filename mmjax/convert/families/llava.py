@@ -61,8 +61,8 @@ def from_hf(source: Source, **fields: Any) -> VLMConfig:
             activation=activation(hf.projector_hidden_act, "projector_hidden_act"),
             bias=hf.multimodal_projector_bias,
         ),
-        # The whole has the head, and says whether it is the token table.
-        lm=dataclasses.replace(lm, tied=hf.tie_word_embeddings),
+        # The head is the whole's: that says whether it is the token table, and caps no logits.
+        lm=dataclasses.replace(lm, tied=hf.tie_word_embeddings, final_softcap=None),
         image_token=hf.image_token_index,
         features=feature_blocks(hf.vision_feature_layer, encoder.depth),
         class_token=kept and encoder.prefix > 0,
