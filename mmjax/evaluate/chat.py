@@ -12,11 +12,13 @@ tokenizer, of a run of our own by the template and the layout that it was traine
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -28,13 +30,15 @@ from mmjax.data.spec import parse
 from mmjax.data.stream import ConversationMaker, Drawn
 from mmjax.data.tokenizer import Tokenizer, build_tokenizer
 from mmjax.data.vlm_processor import VLMProcessor
+from mmjax.evaluate.likelihood import Likelihood, answer_arrays, answer_log_probs
 from mmjax.generation import Generated, Generator, Printer
+from mmjax.generation.programs import Structure
 from mmjax.models.vlm import TEXT
 
 # Lengths of the rows of training are no limit of the model.
 _NO_LIMIT = 10**9
 # Stands where the model will answer.
-_ANSWER = Turn("assistant", ("?",))
+_ANSWER = Conversation((Turn("assistant", ("?",)),))
 
 
 class Prompt(NamedTuple):
@@ -56,10 +60,12 @@ class Speech(Protocol):
 
     Attributes:
       ends: tokens that end what the model says.
+      chats: whether there is a form for conversations; without one the model continues texts.
       lead: what stands between images and the words about them, where those do not say it.
     """
 
     ends: Sequence[int]
+    chats: bool
     lead: str
 
     def prompt(self, conversation: Conversation) -> Prompt:
@@ -76,6 +82,16 @@ class Speech(Protocol):
           ValueError: as `prompt`.
         """
 
+    def answered(self, conversation: Conversation, answer: str) -> tuple[Prompt, np.ndarray]:
+        """A prompt and the tokens [U] of this answer to it, with the end if there is one.
+
+        Raises:
+          ValueError: as `prompt`; if the answer has no tokens.
+        """
+
+    def continued(self, text: str, images: Sequence[Any], more: str) -> tuple[Prompt, np.ndarray]:
+        """The same of a text and what follows it."""
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens."""
 
@@ -89,12 +105,13 @@ class Speaker:
       mesh: devices to generate on; see `Generator`.
 
     Attributes:
+      model: as given.
       sees: whether it takes images.
       speech: as given.
     """
 
     def __init__(self, model: nnx.Module, speech: Speech, *, mesh: Mesh | None = None):
-        self.speech = speech
+        self.model, self.speech = model, speech
         self.sees: bool = model.takes_images
         self._generator = Generator(model, mesh=mesh)
 
@@ -111,6 +128,20 @@ class Speaker:
             decode=self.speech.decode,
             **options,
         )
+
+    def likelihoods(
+        self, prompts: Sequence[Prompt], answers: Sequence[np.ndarray]
+    ) -> list[Likelihood]:
+        """How probable each answer (token ids) is after its prompt, all in one batch.
+
+        Raises:
+          ValueError: if they do not fit the model.
+        """
+        arrays = answer_arrays(self.model, prompts, answers)
+        arrays = self._generator.place(arrays, batch=len(prompts))
+        log_probs = jax.device_get(_log_probs(*self._generator.weights, arrays))
+        rows = zip(log_probs, answers, strict=True)
+        return [Likelihood(float(row.sum(dtype=np.float64)), len(said)) for row, said in rows]
 
     def texts(self, generated: Generated) -> list[str]:
         rows = zip(generated.tokens, generated.lengths, strict=True)
@@ -132,6 +163,12 @@ class Speaker:
         return user_turn(text, images, first=first, lead=self.speech.lead if self.sees else None)
 
 
+@functools.partial(jax.jit, static_argnames=("structure",))
+def _log_probs(structure: Structure, leaves: list[jax.Array], batch: dict[str, Any]) -> jax.Array:
+    with structure.model(leaves) as model:
+        return answer_log_probs(model, batch)
+
+
 def user_turn(text: str, images: int, *, first: int, lead: str | None) -> Turn:
     """See `Speaker.turn`.
 
@@ -146,8 +183,8 @@ def user_turn(text: str, images: int, *, first: int, lead: str | None) -> Turn:
         return Turn("user", (*range(first, first + images), lead + text if images else text))
     if len(pieces) - 1 != images:
         raise ValueError(
-            f"The text has {len(pieces) - 1} places {MARKER!r} for {images} image(s): put one where "
-            "each image belongs, or none to have the images first."
+            f"The text has {len(pieces) - 1} places {MARKER!r} for {images} image(s): put one "
+            "where each image belongs, or none to have the images first."
         )
     parts: list[str | int] = [pieces[0]]
     for number, piece in enumerate(pieces[1:], start=first):
@@ -205,7 +242,57 @@ class Dialogue:
         return answer
 
 
-class TokenizerSpeech:
+class _HFSpeech:
+    """What is common to directories of Hugging Face format."""
+
+    lead = ""
+
+    def __init__(self, tokenizer: Any, template: Any, ends: Sequence[int]):
+        self._tokenizer, self.chats, self.ends = tokenizer, template is not None, ends
+
+    def prompt(self, conversation: Conversation) -> Prompt:
+        return self._render(conversation, add_generation_prompt=True)
+
+    def answered(self, conversation: Conversation, answer: str) -> tuple[Prompt, np.ndarray]:
+        prompt = self.prompt(conversation)
+        turns = (*conversation.turns, Turn("assistant", (answer,)))
+        whole = self._render(Conversation(turns, conversation.images), add_generation_prompt=False)
+        # Where the answer begins its tokens may be others than those of prompt and answer alone.
+        shorter = min(len(prompt.ids), len(whole.ids))
+        same = prompt.ids[:shorter] == whole.ids[:shorter]
+        count = shorter if same.all() else int(same.argmin())
+        said = whole.ids[count:]
+        ends = np.flatnonzero(np.isin(said, self.ends))
+        said = said[: ends[0] + 1] if ends.size else said
+        if not said.size:
+            raise ValueError(f"The answer {answer!r} has no tokens.")
+        return Prompt(whole.ids[:count], whole.place[:count], whole.images), said
+
+    def text(self, text: str, images: Sequence[Any]) -> Prompt:
+        raise NotImplementedError
+
+    def continued(self, text: str, images: Sequence[Any], more: str) -> tuple[Prompt, np.ndarray]:
+        return self.text(text, images), self._words(more)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _words(self, text: str) -> np.ndarray:
+        return np.asarray(self._tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+
+    def _render(self, conversation: Conversation, *, add_generation_prompt: bool) -> Prompt:
+        if not self.chats:
+            raise ValueError(
+                "The model has no chat template, and so no form for a conversation: let it "
+                "continue a text instead."
+            )
+        return self._templated(conversation, add_generation_prompt)
+
+    def _templated(self, conversation: Conversation, add_generation_prompt: bool) -> Prompt:
+        raise NotImplementedError
+
+
+class TokenizerSpeech(_HFSpeech):
     """Of language models.
 
     Args:
@@ -213,28 +300,21 @@ class TokenizerSpeech:
       ends: tokens that end a text.
     """
 
-    lead = ""
-
     def __init__(self, tokenizer: Any, ends: Sequence[int]):
-        self._tokenizer = tokenizer
-        self.ends = ends
-
-    def prompt(self, conversation: Conversation) -> Prompt:
-        _check_template(self._tokenizer.chat_template)
-        messages = [{"role": turn.role, "content": turn.text} for turn in conversation.turns]
-        text = self._tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
-        return _without_images(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        super().__init__(tokenizer, tokenizer.chat_template, ends)
 
     def text(self, text: str, images: Sequence[Any]) -> Prompt:
         return _without_images(self._tokenizer(text)["input_ids"])
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+    def _templated(self, conversation: Conversation, add_generation_prompt: bool) -> Prompt:
+        messages = [{"role": turn.role, "content": turn.text} for turn in conversation.turns]
+        text = self._tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        return _without_images(self._words(text))
 
 
-class ProcessorSpeech:
+class ProcessorSpeech(_HFSpeech):
     """Of models that see, by the processor of their directory.
 
     Args:
@@ -242,15 +322,14 @@ class ProcessorSpeech:
       ends: tokens that end a text.
     """
 
-    lead = ""
-
     def __init__(self, processor: VLMProcessor, ends: Sequence[int]):
+        super().__init__(processor.tokenizer, processor.chat_template, ends)
         self._processor = processor
-        self.ends = ends
-        self.decode = processor.decode
 
-    def prompt(self, conversation: Conversation) -> Prompt:
-        _check_template(self._processor.chat_template)
+    def text(self, text: str, images: Sequence[Any]) -> Prompt:
+        return _first_row(self._processor(images=[list(images)], text=[text]))
+
+    def _templated(self, conversation: Conversation, add_generation_prompt: bool) -> Prompt:
         messages = [
             {
                 "role": turn.role,
@@ -262,12 +341,11 @@ class ProcessorSpeech:
             for turn in conversation.turns
         ]
         batch = self._processor.apply_chat_template(
-            messages, images=[list(conversation.images)], add_generation_prompt=True
+            messages,
+            images=[list(conversation.images)],
+            add_generation_prompt=add_generation_prompt,
         )
         return _first_row(batch)
-
-    def text(self, text: str, images: Sequence[Any]) -> Prompt:
-        return _first_row(self._processor(images=[list(images)], text=[text]))
 
 
 class RunSpeech:
@@ -281,6 +359,7 @@ class RunSpeech:
       ValueError: if the run was not trained on conversations.
     """
 
+    chats = True
     # So have the data's forms it.
     lead = "\n"
 
@@ -288,43 +367,55 @@ class RunSpeech:
         spec = parse(train)
         if spec.conversation is None:
             raise ValueError("The run was not trained on conversations: it writes no text.")
+        said = spec.conversation
+        self._sees = said.layout is not None
+        if said.seq2seq is not None:
+            said = dataclasses.replace(
+                said, seq2seq=dataclasses.replace(said.seq2seq, max_len=_NO_LIMIT)
+            )
         said = dataclasses.replace(
-            spec.conversation,
+            said,
             max_len=_NO_LIMIT,
-            images=_NO_LIMIT if spec.conversation.layout is not None else 0,
+            images=_NO_LIMIT if self._sees else 0,
             max_targets=None,
             lengths=(),
             too_long="skip",
         )
         self._maker = ConversationMaker(dataclasses.replace(spec, conversation=said), [], tokenizer)
         self._tokenizer = tokenizer
-        answer = self._maker.learnt(self._maker.render(Conversation((_ANSWER,))))
-        self.ends = sorted({int(answer[-1]), tokenizer.eos_id} - {None})
+        end = self._maker.learnt(self._maker.render(_ANSWER))[-1]
+        self.ends = sorted({int(end), tokenizer.eos_id} - {None})
 
     def prompt(self, conversation: Conversation) -> Prompt:
-        whole = Conversation((*conversation.turns, _ANSWER), conversation.images)
-        drawn = Drawn("The conversation", whole, self._maker.render(whole))
-        sample = self._maker.encode(drawn, (0, 0, None))
-        # Answers are learnt, and what stands between them is not.
-        after = np.flatnonzero(~sample.learnt[: np.flatnonzero(sample.learnt)[-1]])[-1] + 1
-        pictures = self._maker.pictures(sample)
-        images = np.concatenate(pictures) if pictures else ()
-        return Prompt(sample.tokens[:after], sample.place[:after], images)
+        return self.answered(conversation, _ANSWER.turns[0].text)[0]
 
     def text(self, text: str, images: Sequence[Any]) -> Prompt:
-        turn = user_turn(text, len(images), first=0, lead=self.lead if images else None)
-        return self.prompt(Conversation((turn,), tuple(images)))
+        return self.prompt(self._question(text, images))
+
+    def continued(self, text: str, images: Sequence[Any], more: str) -> tuple[Prompt, np.ndarray]:
+        return self.answered(self._question(text, images), more)
+
+    def _question(self, text: str, images: Sequence[Any]) -> Conversation:
+        lead = self.lead if self._sees else None
+        turn = user_turn(text, len(images), first=0, lead=lead)
+        return Conversation((turn,), tuple(images))
+
+    def answered(self, conversation: Conversation, answer: str) -> tuple[Prompt, np.ndarray]:
+        turns = (*conversation.turns, Turn("assistant", (answer,)))
+        whole = Conversation(turns, conversation.images)
+        drawn = Drawn("The conversation", whole, self._maker.render(whole))
+        sample = self._maker.encode(drawn, (0, 0, None))
+        pictures = self._maker.pictures(sample)
+        images = np.concatenate(pictures) if pictures else ()
+        if sample.answer is not None:
+            return Prompt(sample.tokens, sample.place, images), sample.answer
+        # Answers are learnt, and what stands between them is not.
+        end = np.flatnonzero(sample.learnt)[-1] + 1
+        begin = np.flatnonzero(~sample.learnt[:end])[-1] + 1
+        return Prompt(sample.tokens[:begin], sample.place[:begin], images), sample.tokens[begin:end]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids)
-
-
-def _check_template(template: Any) -> None:
-    if template is None:
-        raise ValueError(
-            "The model has no chat template, and so no form for a conversation: let it continue a "
-            "text instead."
-        )
 
 
 def _without_images(ids: Sequence[int]) -> Prompt:

@@ -105,7 +105,7 @@ class LikelihoodEvaluator(QuestionEvaluator):
         for rows in batches(sizes, self.batch_size):
             asked = [questions[first[row]] for row in rows]
             said = [np.asarray(answers[first[row]], np.int32) for row in rows]
-            arrays = _arrays(model, asked, said)
+            arrays = answer_arrays(model, asked, said)
             arrays = {name: place_like_sharding(array, where) for name, array in arrays.items()}
             log_probs = jax.device_get(self._log_probs(params, arrays))
             for row, values, answer in zip(rows, log_probs, said, strict=True):
@@ -113,7 +113,7 @@ class LikelihoodEvaluator(QuestionEvaluator):
         return [found[row] for row in which]
 
 
-def _arrays(
+def answer_arrays(
     model: nnx.Module, questions: Sequence[Question], answers: Sequence[np.ndarray]
 ) -> dict[str, np.ndarray]:
     """What `answer_log_probs` takes."""

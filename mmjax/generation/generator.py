@@ -83,6 +83,10 @@ class Generator:
 
     Models of the same structure share programs: a `Generator` of new weights, at each evaluation of
     a run for instance, compiles nothing.
+
+    Attributes:
+      model: with its parameters on the mesh.
+      weights: the same as compiled programs take it; see `mmjax.generation.programs`.
     """
 
     def __init__(
@@ -95,8 +99,8 @@ class Generator:
         stays = mesh is None or rules is None
         self.model = model if stays else programs.placed(model, mesh, rules)
         self.mesh = mesh
-        self._reading = programs.weights(self.model, mesh)
-        self._stepping = self._reading
+        self.weights = programs.weights(self.model, mesh)
+        self._stepping = self.weights
         if backend.platform() == "cpu":
             # A step does little but read every weight, and here a slice of stacked weights is a
             # copy. Elsewhere slices are left to the compiler, and no weight is held twice.
@@ -166,8 +170,8 @@ class Generator:
         sampler = _sampler(temperature, top_k, top_p, min_p, repetition_penalty)
         rows = len(prompts.tokens)
         keys = None if sampler.temperature is None else _row_keys(key, rows)
-        choice = self._place(Choice(sampler, keys, eos, np.int32(pad)))
-        prompts = self._place(prompts, batch=rows)
+        choice = self.place(Choice(sampler, keys, eos, np.int32(pad)))
+        prompts = self.place(prompts, batch=rows)
         stops = StopStrings(stop_strings, decode)
         if num_beams != 1:
             if sampler.temperature is not None or stops or stream is not None:
@@ -176,7 +180,7 @@ class Generator:
                     "neither a temperature, nor stop_strings, nor stream. Use num_beams=1 for them."
                 )
             search = _search(num_beams, length_penalty, early_stopping, max_new_tokens)
-            return self._search(prompts, choice, self._place(search), room)
+            return self._search(prompts, choice, self.place(search), room)
         if stream_every < 1:
             raise ValueError(f"stream_every={stream_every} must be at least 1.")
         every = stream_every if stream is not None else STEPS_TO_STOP if stops else STEPS
@@ -213,14 +217,14 @@ class Generator:
         stream: Callable[[list[list[int]]], None] | None,
         every: int,
     ) -> Generated:
-        state = programs.start(*self._reading, prompts, choice, room=room)
+        state = programs.start(*self.weights, prompts, choice, room=room)
         told = 0
         while True:
             tokens, lengths, done = jax.device_get((state.tokens, state.lengths, state.done))
             chosen = int(lengths.max())
             if stops:
                 lengths, done = stops.cut(tokens, lengths, done, told)
-                state = state._replace(lengths=self._place(lengths), done=self._place(done))
+                state = state._replace(lengths=self.place(lengths), done=self.place(done))
                 # The device has gone on to write where a text has ended.
                 within = np.arange(tokens.shape[1]) < lengths[:, None]
                 tokens = np.where(within, tokens, np.int32(choice.pad))
@@ -230,18 +234,19 @@ class Generator:
             told = chosen
             if told >= new_tokens or done.all():
                 return Generated(tokens[:, : lengths.max()], lengths, None)
-            limit = self._place(np.int32(min(told + every, new_tokens)))
+            limit = self.place(np.int32(min(told + every, new_tokens)))
             state = programs.decode(*self._stepping, state, choice, limit)
 
     def _search(self, prompts: Prompts, choice: Choice, search: Search, room: int) -> Generated:
-        beams = programs.start_search(*self._reading, prompts, choice, search, room=room)
+        beams = programs.start_search(*self.weights, prompts, choice, search, room=room)
         beams = programs.continue_search(*self._stepping, beams, choice, search)
         tokens, lengths, scores = jax.device_get((beams.finished, beams.lengths, beams.scores))
         longest = lengths[:, 0].max()
         return Generated(tokens[:, 0, :longest], lengths[:, 0], scores[:, 0])
 
-    def _place(self, tree: Any, *, batch: int | None = None) -> Any:
-        """Host values on every device, or, for a batch of so many rows, divided over them."""
+    def place(self, tree: Any, *, batch: int | None = None) -> Any:
+        """Host values on every device of the mesh, or, for a batch of so many rows, divided over
+        them; as they are if there is no mesh."""
         if self.mesh is None:
             return tree
         where = sharding.replicated(self.mesh)

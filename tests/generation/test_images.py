@@ -248,7 +248,7 @@ def test_same_tokens_on_a_mesh(model, generator, monkeypatch):
     mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
     rows, images = prompts()
     spread = Generator(model, mesh=mesh)
-    prompt = spread._place(spread._read(rows, images, None, None, None, None), batch=4)
+    prompt = spread.place(spread._read(rows, images, None, None, None, None), batch=4)
     assert prompt.sight["images"].sharding.shard_shape((4, 3, 8, 8, 3))[0] == 1
     expected = generator(rows, images, max_new_tokens=NEW).tokens
     np.testing.assert_array_equal(spread(rows, images, max_new_tokens=NEW).tokens, expected)
