@@ -392,6 +392,10 @@ def _extra_tokens(facts: Facts) -> int:
     return facts.processor.get("num_additional_image_tokens", int(taken)) - taken
 
 
+def _token(facts: Facts) -> str:
+    return facts.processor.get("image_token") or Sight.token
+
+
 def _patches(facts: Facts, side: int) -> int:
     """Along a side of a picture."""
     model = facts.model
@@ -427,7 +431,7 @@ def _llava(facts: Facts) -> Sight:
     images = ImageProcessor(kind, options)
     side = picture_side(images, facts.model)
     tokens = _patches(facts, side) ** 2 + _extra_tokens(facts)
-    return Sight(images, (side, side), tokens, _whole(tokens), views)
+    return Sight(images, (side, side), tokens, _whole(tokens), views, _token(facts))
 
 
 @PROCESSORS.register("LlavaNextProcessor")
@@ -435,6 +439,7 @@ def _llava_next(facts: Facts) -> Sight:
     options = dict(facts.images)
     pinpoints = options.pop("image_grid_pinpoints", anyres.PINPOINTS)
     options.pop("do_pad", None)  # pads numbers of tiles, as is always done here
+    options.pop("aspect_ratio_setting", None)  # "anyres", in the published directories
     images = ImageProcessor("CLIPImageProcessor", options)
     side, resample = picture_side(images, facts.model), images.options.resample
     agreed("image_grid_pinpoints", pinpoints, facts.model and facts.model.image_grid_pinpoints)
@@ -451,6 +456,7 @@ def _llava_next(facts: Facts) -> Sight:
         grid**2,
         lambda width, height: anyres.lay_out(width, height, pinpoints, side, grid),
         lambda image: anyres.cut(image, pinpoints, side, resample),
+        _token(facts),
     )
 
 

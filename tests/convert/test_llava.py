@@ -180,7 +180,7 @@ PROCESSORS = {
     "as published": ("CLIP", {}, {"num_additional_image_tokens": 1}),
     "last block and class token, qwen2": ("CLIP", {}, {"num_additional_image_tokens": 1}),
     "several blocks, mistral": ("Llava", {"do_pad": True}, {"num_additional_image_tokens": 1}),
-    "siglip": ("Siglip", {}, {}),
+    "siglip": ("Siglip", {}, {"image_token": "<picture>"}),
 }
 IMAGES = [
     [processors.picture(0, 40, 30)],
@@ -196,8 +196,9 @@ def directory_of(name, directory):
     if kind == "Siglip":
         config.vision_config = transformers.SiglipVisionConfig(**VISION)
         config.vision_feature_select_strategy = "full"
-    tokenizer = processors.tokenizer("<image>")
-    config.image_token_index = tokenizer.convert_tokens_to_ids("<image>")
+    token = options.get("image_token", "<image>")
+    tokenizer = processors.tokenizer(token)
+    config.image_token_index = tokenizer.convert_tokens_to_ids(token)
     theirs = transformers.LlavaProcessor(
         image_processor(kind, **image_options),
         tokenizer,
@@ -212,7 +213,8 @@ def directory_of(name, directory):
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_processor(name, tmp_path):
     theirs, directory = directory_of(name, tmp_path)
-    batch = processors.check(directory, theirs, IMAGES, TEXTS)
+    texts = [text.replace("<image>", theirs.image_token) for text in TEXTS]
+    batch = processors.check(directory, theirs, IMAGES, texts)
     assert batch["images"].shape == (3, 2, 24, 24, 3)
     counts = (batch["place"] >= 0).sum(1)
     each = counts[0]

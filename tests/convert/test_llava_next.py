@@ -119,8 +119,9 @@ def processor_of(name, directory, **options):
 
 
 def test_processor(tmp_path):
-    options = {"resample": 2, "image_mean": [0.5, 0.4, 0.3]}
+    options = {"resample": 2, "image_mean": [0.5, 0.4, 0.3], "aspect_ratio_setting": "anyres"}
     theirs, directory = processor_of("siglip, qwen2", tmp_path, **options)
+    assert "aspect_ratio_setting" in (directory / "processor_config.json").read_text()
     batch = processors.check(directory, theirs, IMAGES, TEXTS)
     assert batch["images"].shape[1] == 4 + 3  # one of three tiles, one of two
 
