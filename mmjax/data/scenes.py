@@ -9,7 +9,8 @@ and captions follow from what was placed: there is no label noise. The icons are
 Concepts
   Plain pictures with short singular names, chosen by hand (`GROUPS`: no flags, symbols, people or
   near-copies); those of "scenes/small" are a third of them. Some of their bases (see `VARIANTS`),
-  drawn by the seeded hash of `openmoji.heldout_bases`, are in no scene of train, validation and test, neither as a picture nor as a word in a question.
+  drawn by the seeded hash of `openmoji.heldout_bases`, are in no scene of train, validation and
+  test, neither as a picture nor as a word in a question.
 
 Data set "scenes" (splits train, validation, test; heldout: icons and distractors all held out)
   image      png, 144 x 144
