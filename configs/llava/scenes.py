@@ -144,6 +144,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 max_new_tokens=8,
                 batch_size=32,
                 controls=("blind",),
+                answers=f"{key}.jsonl",
                 sheet=f"{key}.png",
                 title=title,
                 note=ICONS_NOTE,
