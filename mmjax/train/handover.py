@@ -14,6 +14,7 @@ from typing import Any
 
 from mmjax import convert
 from mmjax.config import ConfigError, dataclass_from, split_name
+from mmjax.convert.family import read_json
 from mmjax.models import MODELS
 
 # Fields that say how a part is run, how large its inputs are, or what is read from it: a tower may
@@ -44,8 +45,15 @@ def model_dataclass(model: Mapping[str, Any]) -> Any:
 
 
 def is_run(source: Path) -> bool:
-    """Whether a directory is the work directory of a run; it has a config.json of its own kind."""
-    return (source / "checkpoints").is_dir()
+    """Whether a directory is the work directory of a run, be it without a checkpoint so far; it has
+    a config.json of its own kind."""
+    config = source / convert.CONFIG
+    return (source / "checkpoints").is_dir() or (config.is_file() and "model" in read_json(config))
+
+
+def is_checkpoint(source: Path) -> bool:
+    """Whether a path is a checkpoint of Hugging Face format, or at least no run."""
+    return source.is_file() or ((source / convert.CONFIG).is_file() and not is_run(source))
 
 
 def check_handover(model: Mapping[str, Any], source: Path, names: Mapping[str, str]) -> None:
@@ -116,10 +124,10 @@ def check_adapters(lora: Mapping[str, Any], source: Path) -> None:
 
 def _config_of(source: Path) -> Any | None:
     """The dataclass of the model in a source; None if it does not say."""
-    if not is_run(source):
+    if is_checkpoint(source):
         return convert.open_checkpoint(source).config
-    path = source / "config.json"
-    return model_dataclass(json.loads(path.read_text("utf-8"))["model"]) if path.is_file() else None
+    path = source / convert.CONFIG
+    return model_dataclass(read_json(path)["model"]) if path.is_file() else None
 
 
 def _parts(here: str, there: str) -> tuple[str, str]:
