@@ -294,8 +294,10 @@ def _options(directory: Path) -> dict[str, Any]:
             f"{directory} has peft_type={content.get('peft_type')!r}; only 'LORA' is read."
         )
     odd = [key for key in _OTHERS if content.get(key)]
-    odd += ["bias"] if content.get("bias", "none") != "none" else []
-    odd += ["init_lora_weights"] if content.get("init_lora_weights") not in _BEGINNINGS else []
+    if content.get("bias", "none") != "none":
+        odd.append("bias")
+    if content.get("init_lora_weights", True) not in _BEGINNINGS:
+        odd.append("init_lora_weights")
     if odd:
         raise ConversionError(
             f"{directory / CONFIG} has options that mmjax does not have:\n"

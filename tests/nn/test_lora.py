@@ -36,8 +36,7 @@ LM = dict(
 TOKENS = jnp.arange(12).reshape(2, 6)
 KINDS = {
     "lora": LoRAConfig(4, 8, r"decoder/layers/.*/(query|value|down)|head"),
-    "rslora": LoRAConfig(4, 8, r"decoder/layers/attention/.*", rslora=True),
-    "dora": LoRAConfig(4, 8, r"decoder/layers/.*|head", dora=True),
+    "dora": LoRAConfig(4, 8, r"decoder/layers/.*|head", dora=True, rslora=True),
 }
 
 

@@ -47,8 +47,10 @@ def mesh_of(*shape):
 def trained():
     """An experiment with DoRA on one device: itself, its first state, its last, the losses."""
     experiment = prepare(config(lora=DORA), mesh_of(1, 1, 1))
-    first = jax.device_get(experiment.initial_state({}))
-    return experiment, first, *tiny.steps(experiment, STEPS, compiler_options=QUICK)
+    state = experiment.initial_state({})
+    first = jax.tree.map(np.array, jax.device_get(state))
+    last = tiny.steps(experiment, STEPS, state=state, compiler_options=QUICK)
+    return experiment, first, *last
 
 
 def test_only_adapters_and_the_head_are_trained(trained):

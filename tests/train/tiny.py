@@ -89,12 +89,12 @@ def batch(step: int = 0, size: int = 16) -> dict[str, np.ndarray]:
     }
 
 
-def steps(experiment, count: int, fields=None, compiler_options=None):
-    """Run some steps on random batches; returns the state and the losses."""
+def steps(experiment, count: int, fields=None, state=None, compiler_options=None):
+    """Run some steps on random batches; returns the state and the losses. `state` is given up."""
     from mmjax import sharding
 
     fields = experiment.task.fields if fields is None else fields
-    state = experiment.initial_state({})
+    state = experiment.initial_state({}) if state is None else state
     compiled, losses = None, []
     for index in range(count):
         arrays = {name: batch(index, experiment.train.batch_size)[name] for name in fields}
