@@ -192,6 +192,12 @@ def at_least_one(**fields: int | Grid) -> None:
             raise ConnectorError(f"{name}={value} must be 1 or more.")
 
 
+def check_heads(heads: int, width: int) -> None:
+    """Raises ConnectorError if so many heads do not divide a width."""
+    if width % heads:
+        raise ConnectorError(f"{heads} heads do not divide a width of {width}: choose a divisor.")
+
+
 def only_valid(
     features: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None
 ) -> Float[Array, "b n d"]:
@@ -222,6 +228,7 @@ __all__ = [
     "Grid",
     "all_valid",
     "at_least_one",
+    "check_heads",
     "cost",
     "in_squares",
     "make_connector",

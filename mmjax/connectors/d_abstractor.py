@@ -22,9 +22,9 @@ from mmjax.connectors.base import (
     CONNECTORS,
     Connector,
     ConnectorConfig,
-    ConnectorError,
     Grid,
     at_least_one,
+    check_heads,
     make_connector,
     only_valid,
     whole_grid,
@@ -67,7 +67,8 @@ class DAbstractorConfig(ConnectorConfig):
     name: str = dataclasses.field(default="d_abstractor", init=False)
 
     def __post_init__(self):
-        at_least_one(grid=self.grid, depth=self.depth, mlp_width=self.mlp_width, points=self.points)
+        at_least_one(grid=self.grid, depth=self.depth, heads=self.heads, points=self.points)
+        check_heads(self.heads, self.width)
 
     def tokens(self, grid: Grid, extra: int = 0) -> int:
         return pooled_tokens(self.name, self.grid, grid, extra)
@@ -186,10 +187,6 @@ class DeformableAttention(nnx.Module):
     """
 
     def __init__(self, width: int, heads: int, points: int, *, rngs: nnx.Rngs):
-        if width % heads:
-            raise ConnectorError(
-                f"{heads} heads do not divide a width of {width}: choose a divisor."
-            )
         self.heads, self.points = heads, points
         # At first a head looks in a direction of its own, its points one step farther each.
         angle = 2 * math.pi * np.arange(heads) / heads

@@ -22,6 +22,8 @@ from mmjax.connectors.base import (
     ConnectorError,
     Grid,
     all_valid,
+    at_least_one,
+    check_heads,
 )
 from mmjax.nn import masks
 from mmjax.nn.attention import Attention
@@ -62,13 +64,8 @@ class QFormerConfig(ConnectorConfig):
     name: str = dataclasses.field(default="qformer", init=False)
 
     def __post_init__(self):
-        for field in ("queries", "depth", "cross_every"):
-            if getattr(self, field) < 1:
-                raise ConnectorError(f"{field}={getattr(self, field)} must be 1 or more.")
-        if self.width % self.heads:
-            raise ConnectorError(
-                f"{self.heads} heads do not divide a width of {self.width}: choose a divisor."
-            )
+        at_least_one(queries=self.queries, depth=self.depth, cross_every=self.cross_every)
+        check_heads(self.heads, self.width)
 
     def tokens(self, grid: Grid, extra: int = 0) -> int:
         return self.queries

@@ -21,6 +21,7 @@ from mmjax.connectors.base import (
     Grid,
     all_valid,
     at_least_one,
+    check_heads,
     in_squares,
     make_connector,
     only_valid,
@@ -60,7 +61,8 @@ class TokenPackerConfig(ConnectorConfig):
     name: str = dataclasses.field(default="token_packer", init=False)
 
     def __post_init__(self):
-        at_least_one(factor=self.factor, levels=self.levels)
+        at_least_one(factor=self.factor, levels=self.levels, heads=self.heads)
+        check_heads(self.heads, self.width)
 
     def tokens(self, grid: Grid, extra: int = 0) -> int:
         return square_tokens(self.name, self.factor, grid, extra)

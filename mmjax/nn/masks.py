@@ -98,9 +98,9 @@ def padding(valid: Bool[Array, "b n"]) -> Mask:
 
 
 def blocks(
-    starts: Bool[Array, "b n"] | None = None,
+    starts: Bool[Array, "#b n"] | None = None,
     *,
-    group: Bool[Array, "b n"] | Int[Array, "b n"],
+    group: Bool[Array, "#b n"] | Int[Array, "#b n"],
     window: int | None = None,
     parent: Int[Array, "b n"] | None = None,
     positions: Int[Array, "b n"] | None = None,
@@ -126,9 +126,9 @@ def blocks(
 
 
 def prefix_lm(
-    prefix: Bool[Array, "b n"],
+    prefix: Bool[Array, "#b n"],
     *,
-    group: Bool[Array, "b n"] | Int[Array, "b n"],
+    group: Bool[Array, "#b n"] | Int[Array, "#b n"],
     **options: Any,
 ) -> Mask:
     """The tokens of the prefix see each other, those after it see what is before them.
@@ -139,9 +139,9 @@ def prefix_lm(
 
 
 def image_blocks(
-    image: Int[Array, "b n"],
+    image: Int[Array, "#b n"],
     *,
-    group: Bool[Array, "b n"] | Int[Array, "b n"],
+    group: Bool[Array, "#b n"] | Int[Array, "#b n"],
     **options: Any,
 ) -> Mask:
     """A causal stream in which the tokens of an image see each other.
@@ -155,8 +155,8 @@ def image_blocks(
 
 
 def cross(
-    query_group: Bool[Array, "b q"] | Int[Array, "b q"],
-    key_group: Bool[Array, "b k"] | Int[Array, "b k"],
+    query_group: Bool[Array, "#b q"] | Int[Array, "#b q"],
+    key_group: Bool[Array, "#b k"] | Int[Array, "#b k"],
 ) -> Mask:
     """Cross-attention: a query sees the keys of its own group, and none if that is 0.
 
