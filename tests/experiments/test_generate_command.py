@@ -115,7 +115,6 @@ def test_printer_waits_for_whole_characters(capsys):
 
 
 BAD = {
-    ("--image", "x.png"): "takes no images",
     ("--stream", "--prompt", "again"): "give one --prompt",
     ("--prompt", ""): "Prompt 1 is empty",
     ("--top-p", "0.5"): "temperature=0 takes the most",
