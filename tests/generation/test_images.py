@@ -10,6 +10,7 @@ from test_generator import compilations, make_model
 import mmjax
 from mmjax import params, sharding
 from mmjax.connectors.mlp import MLPConfig
+from mmjax.connectors.qformer import QFormerConfig
 from mmjax.generation import Generator
 from mmjax.generation.prompts import bucket
 from mmjax.models.t5 import T5Config
@@ -51,6 +52,16 @@ def make_vlm(**options):
         **options,
     )
     return draw(lambda: VLM(config, rngs=nnx.Rngs(0)))
+
+
+def make_questioned():
+    """Its connector reads the question."""
+    connector = QFormerConfig(
+        queries=PER_IMAGE, width=16, depth=2, heads=2, mlp_width=24, vocab_size=50, max_len=16
+    )
+    lm = make_model().config
+    config = VLMConfig(encoder=ENCODER, connector=connector, lm=lm, image_token=IMAGE)
+    return draw(lambda: VLM(config, rngs=nnx.Rngs(0)), scale=0.5)
 
 
 def make_seq2seq():
@@ -225,6 +236,22 @@ def test_encoder_decoder():
     expected = uncached(reader(model), rows, images, places(rows), penalty=1.3, start=3)
     out = mmjax.generate(model, rows, images, max_new_tokens=NEW, repetition_penalty=1.3)
     np.testing.assert_array_equal(out, expected)
+
+
+def test_connectors_that_read_the_question():
+    """Each row's question goes to each of its images, whatever the others' are."""
+    model = make_questioned()
+    rows, images = prompts((2, 1))
+    read = jax.jit(model)
+    firsts = []
+    for question in ([5, 6, 7], [8, 9, 10], [11, 3, 12]):
+        text = [question, [4] * 9]
+        out = mmjax.generate(model, rows, images, text=text, max_new_tokens=1)
+        both = jnp.asarray([question] * 2, jnp.int32)
+        alone = read(jnp.asarray(rows[:1]), jnp.asarray(images[:1]), text=both)
+        assert out[0, 0] == alone[0, -1].argmax()
+        firsts.append(out[0, 0])
+    assert len(set(firsts)) > 1
 
 
 def test_numbers_of_images_and_new_weights_share_programs(model, generator):
