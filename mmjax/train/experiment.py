@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 import mmjax
 from mmjax import convert, flops, rules, sharding
 from mmjax.config import ConfigError, dataclass_from, split_name
-from mmjax.data.spec import batch_fields, parse
+from mmjax.data.spec import batch_fields
 from mmjax.nn import backend, lora
 from mmjax.nn.partition import activation_sharding
 from mmjax.params import Params, abstract
@@ -292,7 +292,7 @@ def prepare(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
         task = TASKS[name](mesh, **options)
     except TypeError as error:
         raise ConfigError(f"config.task {name!r}: {error}") from None
-    task.check(model_dataclass(config.model.to_dict()), parse(config.data.train))
+    task.check(model_dataclass(config.model.to_dict()), config.data)
     step = make_step(task, graphdef, tx, accumulate=training.accumulate, ema=optimizer.ema)
     return Experiment(
         config=config,

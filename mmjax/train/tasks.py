@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from mmjax import losses
 from mmjax.config import ConfigError
-from mmjax.data.spec import DataSpec
-from mmjax.models.vlm import VLMConfig
+from mmjax.data.spec import ConversationSpec, parse
+from mmjax.models.vlm import Seq2SeqVLMConfig, VLMConfig
 from mmjax.registry import Registry, nearest
 from mmjax.sharding import BATCH_AXES
 from mmjax.typing import Array
@@ -41,12 +42,12 @@ class Task(abc.ABC):
 
     fields: tuple[str, ...]
 
-    def check(self, model: Any, data: DataSpec) -> None:  # noqa: B027 (most tasks have none)
+    def check(self, model: Any, data: ConfigDict) -> None:  # noqa: B027 (most tasks have none)
         """That the data is what the model takes, as far as shapes do not show it.
 
         Args:
           model: the dataclass of config.model.
-          data: config.data.train, parsed.
+          data: config.data.
 
         Raises:
           ConfigError: listing what does not agree.
@@ -173,6 +174,7 @@ class VisionLanguage(Task):
     """
 
     fields = ("tokens", "weights", "place", "segments", "images")
+    trains: type[VLMConfig] = VLMConfig
 
     def __init__(self, mesh: Mesh, *, targets: int | None = None):
         del mesh
@@ -180,21 +182,45 @@ class VisionLanguage(Task):
             raise ValueError(f"config.task.targets={targets} must be at least 1, or None.")
         self.targets = targets
 
-    def check(self, model: VLMConfig, data: DataSpec) -> None:
-        spec = data.conversation
+    def check(self, model: VLMConfig, data: ConfigDict) -> None:
+        spec = parse(data.train).conversation
         if spec is None or spec.layout is None:
             raise ConfigError(
                 "The task 'vlm' learns from conversations about images: config.data.train needs "
                 "`conversation`, with `images` and `layout`."
             )
+        if type(model) is not self.trains:
+            raise ConfigError(
+                f"The task {self.trains.name!r} trains models of the same name, but config.model "
+                f"is a {type(model).__name__}."
+            )
+        problems = [f"  {text}" for wrong, text in self._problems(model, spec) if wrong]
+        if problems:
+            raise ConfigError("Data and model do not agree:\n" + "\n".join(problems))
+
+    def _problems(self, model: VLMConfig, spec: ConversationSpec) -> list[tuple[bool, str]]:
+        """What must not be, and how to say that it is."""
         where = "config.data.train.conversation"
-        most = spec.max_len if spec.max_targets is None else spec.max_targets
-        problems = []
-        for wrong, text in (
+        most = spec.most_targets
+        return [
+            (
+                spec.layout.size != model.encoder.image_size,
+                f"{where}.layout.size={spec.layout.size}, but config.model.encoder.image_size="
+                f"{model.encoder.image_size}",
+            ),
             (
                 spec.layout.tokens != model.image_tokens,
                 f"{where}.layout.tokens={spec.layout.tokens}, but the model makes "
                 f"{model.image_tokens} visual tokens of a picture",
+            ),
+            (
+                spec.layout.newlines and not model.newline,
+                f"{where}.layout ends rows of visual tokens with newlines, but config.model.newline"
+                f"={model.newline}",
+            ),
+            (
+                (spec.seq2seq is not None) != isinstance(model, Seq2SeqVLMConfig),
+                f"{where}.seq2seq={spec.seq2seq}, but config.model.name={model.name!r}",
             ),
             (
                 spec.image_token != model.image_token,
@@ -220,10 +246,7 @@ class VisionLanguage(Task):
                 f"config.task.targets={self.targets}, but rows have up to {most} supervised "
                 f"tokens: set {where}.max_targets",
             ),
-        ):
-            problems += [f"  {text}"] if wrong else []
-        if problems:
-            raise ConfigError("Data and model do not agree:\n" + "\n".join(problems))
+        ]
 
     def loss(self, model, batch, rng):
         del rng
@@ -253,6 +276,15 @@ class Seq2SeqVisionLanguage(VisionLanguage):
     """
 
     fields = ("tokens", "weights", "place", "segments", "images", "decoder_tokens")
+    trains = Seq2SeqVLMConfig
+
+    def _problems(self, model: Seq2SeqVLMConfig, spec: ConversationSpec) -> list[tuple[bool, str]]:
+        start = model.decoder_start_id if spec.seq2seq is None else spec.seq2seq.start
+        text = (
+            f"config.data.train.conversation.seq2seq.start={start}, but the decoder begins with "
+            f"{model.decoder_start_id}"
+        )
+        return [*super()._problems(model, spec), (start != model.decoder_start_id, text)]
 
     def loss(self, model, batch, rng):
         del rng

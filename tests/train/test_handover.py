@@ -61,7 +61,7 @@ def run(tmp_path, model):
 
 def test_the_same_model_as_json_is_the_same(tmp_path):
     source = run(tmp_path, vlm(features=(-2, -1), lm={**LM, "remat": "full", "dtype": "bfloat16"}))
-    names = {path: path for path in ("connector/linears/0/kernel", "lm/token/embedding")}
+    names = {path: path for path in ("connector/linears/0/kernel", "lm/final_norm/scale")}
     check_handover(vlm(features=(-2, -1)), source, names)
 
 
@@ -77,7 +77,11 @@ def test_the_same_model_as_json_is_the_same(tmp_path):
 def test_a_part_that_computes_something_else_is_named(tmp_path, changes, field):
     names = {
         path: path
-        for path in ("connector/linears/0/kernel", "lm/token/embedding", "encoder/final_norm/scale")
+        for path in (
+            "connector/linears/0/kernel",
+            "lm/final_norm/scale",
+            "encoder/final_norm/scale",
+        )
     }
     with pytest.raises(ConfigError, match=field.replace(".", r"\.")):
         check_handover(vlm(**changes), run(tmp_path, vlm()), names)
@@ -85,7 +89,7 @@ def test_a_part_that_computes_something_else_is_named(tmp_path, changes, field):
 
 def test_how_parts_go_together_counts_where_all_are_taken(tmp_path):
     source = run(tmp_path, vlm(features=(-1,)))
-    every = ("encoder/final_norm/scale", "connector/linears/0/kernel", "lm/token/embedding")
+    every = ("encoder/final_norm/scale", "connector/linears/0/kernel", "lm/final_norm/scale")
     check_handover(vlm(), source, {path: path for path in every[1:]})
     with pytest.raises(ConfigError, match=r"features: \(-2,\) here, \(-1,\) there"):
         check_handover(vlm(), source, {path: path for path in every})
@@ -93,7 +97,7 @@ def test_how_parts_go_together_counts_where_all_are_taken(tmp_path):
 
 def test_only_what_is_taken_is_compared(tmp_path):
     source = run(tmp_path, vlm(connector=dict(name="mlp", activation="relu")))
-    check_handover(vlm(), source, {"lm/token/embedding": "lm/token/embedding"})
+    check_handover(vlm(), source, {"lm/final_norm/scale": "lm/final_norm/scale"})
 
 
 def test_a_tower_from_another_model(tmp_path):
