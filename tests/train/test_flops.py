@@ -54,7 +54,8 @@ def step_flops(mesh, **groups):
     model = {"name": "siglip", "image": dict(tiny.VIT), "text": dict(tiny.TEXT)}
     for tower in ("image", "text"):
         model[tower] |= groups.pop(tower, {})
-    data = dict(train=dict(image=dict(size=16), text=dict(max_len=8)))
+    image = dict(preset="siglip", size=16)
+    data = dict(train=dict(sources=[dict(name="digits")], image=image, text=dict(max_len=8)))
     config = tiny.contrastive(model=model, data=data, **groups)
     experiment = prepare(config, mesh)
     return experiment.step_flops(experiment.batch_shapes())
