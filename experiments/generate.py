@@ -1,14 +1,14 @@
 """Let a model continue texts, answer questions about images, or hold a conversation.
 
     python -m experiments.generate --weights DIR --prompt "What is the moon made of?" --chat
-    python -m experiments.generate --weights DIR --image cat.png --prompt "What is it?" --chat
+    python -m experiments.generate --weights DIR --image cat.png --prompt "What is it?"
     python -m experiments.generate --weights DIR --image cat.png --interactive
     python -m experiments.generate --weights model.gguf --prompt "Once upon" --temperature 0.8
 
 DIR is a directory of Hugging Face format with weights and tokenizer, a GGUF file, or the work
 directory of a run, which answers in the form that it was trained with, with or without --chat.
-Each prompt is asked about all images. They stand where it has a marker <image>, or else before it;
-without --chat, models that were trained with markers need them.
+Each prompt is asked about all images. They stand where it has a marker <image>, or else before it:
+a prompt about images without markers is a message, as with --chat, if the model has a template.
 Without --temperature or --beams each token is the most probable one.
 """
 
@@ -85,9 +85,10 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _prompt(speaker: Speaker, text: str, images: list[bytes], args: argparse.Namespace) -> Prompt:
-    from mmjax.data.conversations import Conversation, Turn
+    from mmjax.data.conversations import MARKER, Conversation, Turn
 
-    if not args.chat:
+    asks = images and MARKER not in text and speaker.speech.chats
+    if not (args.chat or asks):
         return speaker.speech.text(text, images)
     system = (Turn("system", (args.system,)),) if args.system else ()
     turn = speaker.turn(text, len(images))
