@@ -13,7 +13,7 @@ from experiments._random_vlm import write_random_vlm
 from mmjax.evaluate.chat import Dialogue
 from mmjax.models.vlm import TEXT
 
-WORDS = ("where are they ?", "compare both pictures in detail .", "yes")
+WORDS = ("where are they ?", "compare colour and detail please .")
 
 
 class Request(NamedTuple):
@@ -51,13 +51,11 @@ def model(tmp_path_factory):
         jax.config.update("jax_disable_most_optimizations", True)
         # What its command line gives.
         result = lmms.MMJax(pretrained=str(directory), batch_size=2, device="cuda:0")
-        draw = np.random.default_rng(0)
-        pixels = draw.integers(0, 255, (3, 24, 24, 3), np.uint8)
+        pixels = np.random.default_rng(0).integers(0, 255, (24, 24, 3), np.uint8)
         documents = [
-            {"images": [Image.fromarray(image)], "text": WORDS[i]} for i, image in enumerate(pixels)
+            {"images": [Image.fromarray(pixels)], "text": WORDS[0]},
+            {"images": None, "text": WORDS[1]},
         ]
-        documents[1]["images"] = documents[1]["images"] + documents[0]["images"]
-        documents[2]["images"] = []
         result.task_dict = {"task": {"test": documents}}
         assert lmms.manifest() == {
             "model_id": "mmjax",
@@ -74,34 +72,51 @@ def seen(document):
 
 def said(model, document, **options):
     """The answer of one conversation."""
-    return Dialogue(model.speaker).say(document["text"], document["images"], **options)
+    return Dialogue(model.speaker).say(document["text"], document["images"] or (), **options)
 
 
 def test_generate_until(model):
-    """Batches of unequal requests and settings; each is answered as if it were alone."""
+    """A batch of unequal requests; each is answered as if it were alone, up to a stop string."""
     documents = model.task_dict["task"]["test"]
-    greedy = {
-        "max_new_tokens": 8,
-        "temperature": 0,
-        "top_p": 1.0,
-        "num_beams": 1,
-        "do_sample": False,
-    }
     expected = [said(model, document, max_new_tokens=8) for document in documents]
     stop = expected[0].split()[2]
-    settings = [greedy | {"until": stop}, greedy, greedy | {"until": ["\n\n", ""]}]
+    options = {"max_new_tokens": 8, "temperature": 0, "until": [f" {stop}", ""], "other": 1}
     requests = [
         Request((document["text"], options, seen, row, "task", "test"))
-        for row, (document, options) in enumerate(zip(documents, settings, strict=True))
+        for row, document in enumerate(documents)
     ]
-    texts = model.generate_until(requests)
-    assert texts[1:] == expected[1:] and len(set(expected)) == 3
-    assert texts[0] == expected[0].split(stop)[0] != expected[0]
-    # Of a seed, whoever else is asked.
-    drawn = greedy | {"do_sample": True, "temperature": 2.0, "max_new_tokens": 8}
-    requests = [Request((request.args[0], drawn, *request.args[2:])) for request in requests]
-    texts = model.generate_until(requests)
-    assert texts != expected and texts == model.generate_until(requests)
+    cut = [text.split(f" {stop}")[0] for text in expected]
+    assert cut[0] != expected[0] and cut[0] != cut[1]
+    assert model.generate_until(requests) == cut
+
+
+SETTINGS = {
+    "greedy": (
+        {"temperature": 0, "top_p": 1.0, "num_beams": 3, "do_sample": False, "until": "x"},
+        {"num_beams": 3},
+        ("x",),
+    ),
+    "drawn": (
+        {"temperature": 0.2, "top_p": 0, "top_k": 5, "num_beams": 3, "until": []},
+        {"temperature": 0.2, "top_p": None, "top_k": 5},
+        (),
+    ),
+    "drawn without a word about how": (
+        {"do_sample": True, "top_p": 0.9, "max_new_tokens": 7},
+        {"temperature": 1.0, "top_p": 0.9, "top_k": None, "max_new_tokens": 7},
+        (),
+    ),
+    "not drawn": ({"do_sample": False, "temperature": 0.7}, {}, ()),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_settings(model, case):
+    """What tasks say, as `Generator` takes it."""
+    options, given, stops = SETTINGS[case]
+    defaults = {"max_new_tokens": 1024, "num_beams": 1}
+    found, until = sys.modules[type(model).__module__]._settings(options)
+    assert dict(found) == defaults | given and until == stops
 
 
 def test_rounds(model):
@@ -137,7 +152,7 @@ def test_loglikelihood(model):
     requests = [
         Request((documents[0]["text"], choice, seen, 0, "task", "test")) for choice in choices
     ]
-    requests.append(Request((documents[2]["text"], lambda doc: "yes", seen, 2, "task", "test")))
+    requests.append(Request((documents[1]["text"], lambda doc: "yes", seen, 1, "task", "test")))
     requests.append(Request(("", "no")))
     found = model.loglikelihood(requests)
     asked = model._asked(documents[0]["text"], seen, 0, "task", "test")
@@ -162,7 +177,7 @@ def test_loglikelihood(model):
 
 
 def test_what_is_no_image_is_told(model):
-    model.task_dict["task"]["test"][2]["video"] = ["clip.mp4"]
-    request = Request(("what ?", {}, lambda doc: doc["video"], 2, "task", "test"))
+    model.task_dict["task"]["test"][1]["video"] = ["clip.mp4"]
+    request = Request(("what ?", {}, lambda doc: doc["video"], 1, "task", "test"))
     with pytest.raises(ValueError, match=r"shows a str \('clip.mp4'\).*images only"):
         model.generate_until([request])
