@@ -1,14 +1,15 @@
 """Analytical FLOPs of a training step: matrix products only, as papers count them.
 
 Counted on the traced program of the step without rematerialisation, so that recomputation earns no
-credit and frozen parts are counted as they are run. Products within causal attention count half
-(Dao et al., FlashAttention; PaLM appendix B gives the same convention of counting).
+credit and frozen parts are counted as they are run; what no result depends on is not. Products
+within causal attention count half (Dao et al., FlashAttention; PaLM appendix B gives the same
+convention of counting).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 from jax.extend import core
@@ -40,7 +41,7 @@ def matmul_flops(function: Callable, *arguments) -> float:
 
 def _count(jaxpr: core.Jaxpr, causal: bool = False) -> float:
     total = 0.0
-    for equation in jaxpr.eqns:
+    for equation in _used(jaxpr):
         name = equation.primitive.name
         # Functions with derivatives of their own do not inherit the scope they are called in.
         half = causal or CAUSAL_SCOPE in str(equation.source_info.name_stack)
@@ -57,6 +58,15 @@ def _count(jaxpr: core.Jaxpr, causal: bool = False) -> float:
             inner = core.jaxprs_in_params(equation.params)
             total += repeats * sum(_count(jaxpr, half) for jaxpr in inner)
     return total
+
+
+def _used(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
+    """The equations, last first, that the outputs depend on: compilers drop the others."""
+    needed = {var for var in jaxpr.outvars if isinstance(var, core.Var)}
+    for equation in reversed(jaxpr.eqns):
+        if equation.effects or not needed.isdisjoint(equation.outvars):
+            needed |= {var for var in equation.invars if isinstance(var, core.Var)}
+            yield equation
 
 
 def _dot_flops(equation: core.JaxprEqn) -> int:

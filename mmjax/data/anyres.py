@@ -113,6 +113,8 @@ class AnyRes:
       ValueError: if the tokens are no square, or the tiles do not fit the pinpoints.
     """
 
+    newlines = True
+
     def __init__(self, preset: str, size: int, tokens: int, pinpoints: Sequence[Sequence[int]]):
         self._preset, self.size, self.tokens = PRESETS[preset], size, tokens
         self._pinpoints, self._grid = pinpoints, math.isqrt(tokens)

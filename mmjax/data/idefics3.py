@@ -108,6 +108,8 @@ class Idefics3:
       ValueError: if `longest` is out of range.
     """
 
+    newlines = False
+
     def __init__(self, preset: str, size: int, tokens: int, longest: int, split: bool = True):
         check_longest(longest)
         self._preset, self.size, self.tokens = PRESETS[preset], size, tokens

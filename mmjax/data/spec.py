@@ -199,6 +199,12 @@ class ConversationSpec:
                 f"The last of conversation lengths={self.lengths} must be max_len={self.max_len}."
             )
 
+    @property
+    def most_targets(self) -> int:
+        """The most supervised tokens that a row may have."""
+        longest = self.max_len if self.seq2seq is None else self.seq2seq.max_len - 1
+        return min(self.max_targets or longest, longest)
+
 
 @dataclass(frozen=True)
 class DataSpec:

@@ -110,10 +110,8 @@ class ConversationMaker:
         self._chat.check(self._template, self._said.template)
         self._pad = tokenizer.pad_id or 0
         self._pool = BufferPool()
-        said = self._said
-        longest = said.max_len if said.seq2seq is None else said.seq2seq.max_len - 1
         # Of a row, as `Sample.size` has it.
-        self.limits = (said.max_len, said.images, min(said.max_targets or longest, longest))
+        self.limits = (self._said.max_len, self._said.images, self._said.most_targets)
 
     def check(self) -> None:
         """Looks at one record of each source, so that a wrong field fails at once, by name."""
@@ -136,6 +134,11 @@ class ConversationMaker:
             raise ValueError(
                 "Questions that are asked apart share the tokens of their image, which batches say "
                 "with parents: set data conversation.parents=True."
+            )
+        if conversation.apart and self._template.silent:
+            raise ValueError(
+                "Questions that are asked apart need a template that says them, and "
+                f"{self._said.template!r} leaves them out: set another data conversation.template."
             )
         return Drawn(name, conversation, self.render(conversation))
 

@@ -44,10 +44,12 @@ class Layout(Protocol):
     Attributes:
       size: side of a picture in pixels.
       tokens: visual tokens of a picture: `VLMConfig.image_tokens`.
+      newlines: whether `NEWLINE` is among the places: for `VLMConfig.newline`.
     """
 
     size: int
     tokens: int
+    newlines: bool
 
     def plan(self, width: int, height: int) -> Plan:
         """For an upright image of this many pixels."""
@@ -68,6 +70,8 @@ class Whole:
       size: side of the picture in pixels.
       tokens: visual tokens of a picture: `VLMConfig.image_tokens`.
     """
+
+    newlines = False
 
     def __init__(self, preset: str, size: int, tokens: int):
         self._preset, self.size, self.tokens = PRESETS[preset], size, tokens
@@ -97,6 +101,8 @@ class Tiles:
       thumbnail: whether the whole image follows the tiles as one more picture, as in InternVL; an
         image of one tile has none.
     """
+
+    newlines = False
 
     def __init__(
         self,

@@ -408,9 +408,11 @@ def build_tokenizer(config: ConfigDict, workdir: Path) -> Any:
         if jax.process_index() == 0:
             datasets.build_tokenizer(config.data, workdir)
     tokenizer = datasets.build_tokenizer(config.data, workdir)
-    if "text" in config.model and tokenizer.vocab_size > config.model.text.vocab_size:
-        raise ConfigError(
-            f"The tokenizer has {tokenizer.vocab_size} tokens, but the model has embeddings for "
-            f"{config.model.text.vocab_size}. Set config.model.text.vocab_size to at least that."
-        )
+    for part in ("text", "lm"):
+        if part in config.model and tokenizer.vocab_size > config.model[part].vocab_size:
+            raise ConfigError(
+                f"The tokenizer has {tokenizer.vocab_size} tokens, but the model has embeddings "
+                f"for {config.model[part].vocab_size}. Set config.model.{part}.vocab_size to at "
+                "least that."
+            )
     return tokenizer

@@ -23,6 +23,9 @@ def test_products_loops_and_convolutions():
     # Forward and backward of a product by a weight: three products, or two for the input alone.
     assert matmul_flops(jax.grad(lambda b: jnp.sum((a @ b) ** 2)), b) == 2 * 2 * 4 * 8 * 16
 
+    # What is not used is not run.
+    assert matmul_flops(lambda a, b: (a @ b, (2 * a) @ b)[1], a, b) == 2 * 4 * 8 * 16
+
     image, kernel = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 5))
     convolve = jax.lax.conv_general_dilated
     dims = ("NHWC", "HWIO", "NHWC")
