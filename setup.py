@@ -41,6 +41,8 @@ setup(
         "tqdm",
         "tensorboardX",
     ],
+    # lmms-eval finds the model by it: python -m lmms_eval --model mmjax ...
+    entry_points={"lmms_eval.models": ["mmjax = mmjax.evaluate.lmms:manifest"]},
     extras_require={
         "cuda": ["jax[cuda]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],

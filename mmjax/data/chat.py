@@ -40,8 +40,8 @@ class Special(str):
 
 
 class Role(str):
-    """A special token, by its role: "bos", "eos", or "begin": whatever the tokenizer begins a text
-    with, which may be nothing."""
+    """A special token, by its role: "bos", "eos"; "begin": whatever the tokenizer begins a text
+    with, which may be nothing; "first": the same, or else the begin or end token."""
 
 
 class Picture(int):
@@ -49,7 +49,7 @@ class Picture(int):
 
 
 Part = str | Special | Role | Picture
-BOS, EOS, START = Role("bos"), Role("eos"), Role("begin")
+BOS, EOS, START, FIRST = Role("bos"), Role("eos"), Role("begin"), Role("first")
 
 
 class Piece(NamedTuple):
@@ -157,7 +157,7 @@ def _pieces(parts: Iterable[tuple[Part, bool]]) -> Iterator[Piece]:
         else:
             yield Piece(part, learns, AFTER)
             # After what the tokenizer itself begins with, a text begins as if it stood alone.
-            where = BEGIN if isinstance(part, Role) and part == START else AFTER
+            where = BEGIN if isinstance(part, Role) and part in (START, FIRST) else AFTER
     if text:
         yield Piece(text, learnt, where)
 
@@ -226,8 +226,10 @@ TEMPLATES.register("paligemma")(
 )
 TEMPLATES.register("plain")(
     # LLaVA's alignment: images, then the caption. It ends with the end token, where LLaVA has a
-    # line break, so that generation ends too.
-    Template(begin=(START,), user=((), ()), assistant=((), (EOS,)), silent=True)
+    # line break, so that generation ends too. Nothing is learnt from an image that stands first:
+    # what a language model makes of its first token hardly depends on the token, for the others use
+    # it as a place to attend to when there is nothing else (Xiao et al., 2023).
+    Template(begin=(FIRST,), user=((), ()), assistant=((), (EOS,)), silent=True)
 )
 
 TEMPLATES.register("qa")(
@@ -267,10 +269,12 @@ class ChatTokenizer:
             self._backends[AFTER] = begin
         whole = self._whole.encode("a").ids
         first = next(i for i in range(len(whole)) if whole[i : i + len(alone)] == alone)
+        bos, eos = tokenizer.bos_id, tokenizer.eos_id
         self._roles = {
             START: whole[:first],
-            BOS: [tokenizer.bos_id],
-            EOS: [tokenizer.eos_id],
+            FIRST: whole[:first] or [eos if bos is None else bos],
+            BOS: [bos],
+            EOS: [eos],
         }
         # What the tokenizer ends a text with.
         self.end = np.asarray(whole[first + len(alone) :], np.int32)
