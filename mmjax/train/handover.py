@@ -90,8 +90,7 @@ def check_handover(model: Mapping[str, Any], source: Path, names: Mapping[str, s
         ]
     if problems:
         raise ConfigError(
-            f"config.init takes parameters from {source}, which fit in shape, but were made for "
-            "another computation:\n"
+            f"config.init takes parameters from {source} that were made for another computation:\n"
             + "\n".join(problems)
             + "\nChange config.model to what it is there, or name the right source."
         )

@@ -166,7 +166,7 @@ def test_written_configs_are_read(tmp_path):
     "name,options,pattern",
     [
         ("CLIPImageProcesor", {}, "did you mean 'CLIPImageProcessor'"),
-        ("Qwen2VLImageProcessor", {}, "Valid: BitImageProcessor, CLIPImageProcessor"),
+        ("Qwen2VLImageProcessor", {}, "Valid: BitImageProcessor, Blip"),
         ("CLIPImageProcessor", {"do_centre_crop": True}, "did you mean 'do_center_crop'"),
         ("CLIPImageProcessor", {"patch_size": 14}, "'patch_size' = 14 is not known"),
         ("Siglip2ImageProcessor", {"size": {"height": 4, "width": 4}}, "'size'.*not known"),

@@ -113,4 +113,4 @@ def test_a_tower_of_another_size(finished, tmp_path, capfd):
         "--config.model.image.mlp_width=128",
     )
     output = capfd.readouterr().err
-    assert code == 1 and "(1, 32, 64) there, (1, 32, 128) here" in output
+    assert code == 1 and "image.mlp_width: 128 here, 64 there" in output

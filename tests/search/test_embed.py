@@ -79,7 +79,7 @@ def test_transparency_is_on_white(embedder, tmp_path):
 def test_siglip_judges_each_text_alone():
     tokenizer = train_tokenizer("bpe", TEXTS, 300)
 
-    def processor(images=None, text=None):
+    def processor(images=None, text=None, truncation=False):
         if images is not None:
             resized = np.asarray(images.resize((16, 16)), np.float32)
             return {"images": resized[None] / 127.5 - 1}
