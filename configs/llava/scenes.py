@@ -6,8 +6,8 @@ python -m experiments.train --config configs/siglip/tiles.py --workdir runs/tile
 python -m experiments.train --config configs/llava/scenes.py:stage=align --workdir runs/align
 python -m experiments.train --config configs/llava/scenes.py:stage=tune --workdir runs/tune
 
-`align` trains the connector on captions, `tune` connector and language model on questions (with
-rank=16 the language model by LoRA); `single` is the second without the first. As LLaVA (Liu et al.,
+`align` trains the connector on captions, `tune` connector, language model and encoder on questions;
+`single` is the second without the first. As LLaVA (Liu et al.,
 2023), whose figures these are not: the data are icons.
 """
 
@@ -50,8 +50,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     Args:
       arg: stage; encoder, lm and start, the runs or checkpoints whose weights are taken; connector;
-        steps, batch (rows), length (tokens of a row), lr; rank (of LoRA in the language model, 0:
-        none); eval (questions of each set, 0: all).
+        steps, batch (rows), length (tokens of a row), lr; eval (questions of each set).
     """
     arg = parse_arg(
         arg,
@@ -64,7 +63,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
         batch=1,
         length=384,
         lr=0.0,
-        rank=0,
         eval=300,
     )
     if arg.stage not in STAGES:
@@ -88,7 +86,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     trainable, rates = ((".*", True),), (("lm/.*", 0.5), ("encoder/.*", 0.25), (".*", 1.0))
     if aligning:
         trainable, rates = (("connector/.*", True), (".*", False)), ((".*", 1.0),)
-    steps = arg.steps or (400 if aligning else 500)
+    steps = arg.steps or (300 if aligning else 600)
 
     def data(*sources: dict, **options) -> dict:
         conversation = dict(
