@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from functional import QUICK
+from functional import QUICK, random_values
 from small_connectors import SMALL
 
 from mmjax import params, sharding
@@ -59,15 +59,6 @@ def make_batch(config):
         "images": random.standard_normal((BATCH, 2, 8, 8, 3), np.float32),
         "tokens": np.concatenate([places, text], axis=1),
         "weights": np.arange(visual + 6) >= visual + np.zeros((BATCH, 1)),
-    }
-
-
-def random_values(shapes):
-    """Numbers that leave nothing at zero, and take no time to compile."""
-    random = np.random.default_rng(1)
-    return {
-        path: (path.endswith("scale") + 0.1 * random.standard_normal(shape.shape)).astype("f")
-        for path, shape in shapes.items()
     }
 
 
