@@ -494,6 +494,9 @@ def test_questions_asked_apart_share_the_tokens_of_their_image(root, tokenizer):
     assert found > 60
     with pytest.raises(ValueError, match="parents=True"):
         opened(stream([source(root, "asked", form=form)], pack=True), tokenizer)
+    plain = stream([source(root, "asked", form=form)], pack=True, parents=True, template="plain")
+    with pytest.raises(ValueError, match="'plain' leaves them out"):
+        opened(plain, tokenizer)
 
 
 def test_some_questions_are_of_many_images(root, tokenizer):

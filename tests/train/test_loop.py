@@ -1,16 +1,13 @@
 """One run seen from inside: how often it compiles, and what it does when the loss is not finite."""
 
-import collections
 import json
-import logging
-import re
 import sys
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import compilations
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
 import digits_config
@@ -48,7 +45,7 @@ def guarded(compile_step, refused):
                 jnp.negative(np.ones(3))
             except Exception as error:
                 assert "Disallowed host-to-device transfer" in str(error)
-                refused.append("transfers refused")
+                refused["transfers refused"] += 1
             return step(state, arrays)
 
         return attempt_and_step
@@ -64,35 +61,21 @@ def runs(tmp_path_factory):
     """
     workdir = tmp_path_factory.mktemp("loop") / "run"
     config = digits_config.get_config("steps=12,every=3")
-    compiled = []
-
-    class Listener(logging.Handler):
-        def emit(self, record):
-            found = re.match(r"Finished XLA compilation of (\S+)", record.getMessage())
-            if found:
-                compiled.append(found[1])
-
-    listener, logger = Listener(), logging.getLogger("jax._src.dispatch")
-    logger.addHandler(listener)
     open_train = datasets.open_train
-    try:
-        with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                datasets,
-                "open_train",
-                lambda *args, **options: Poisoned(open_train(*args, **options)),
-            )
-            with pytest.raises(loop.TrainingError) as error:
-                loop.train(config, workdir)
-            first = collections.Counter(compiled)
-            kept = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
-            patch.undo()
-            compiled.clear()
-            patch.setattr(loop._Clock, "compiled", guarded(loop._Clock.compiled, compiled))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            datasets,
+            "open_train",
+            lambda *args, **options: Poisoned(open_train(*args, **options)),
+        )
+        with compilations() as first, pytest.raises(loop.TrainingError) as error:
             loop.train(config, workdir)
-    finally:
-        logger.removeHandler(listener)
-    return workdir, error.value, kept, first, collections.Counter(compiled)
+        kept = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+        patch.undo()
+        with compilations() as second:
+            patch.setattr(loop._Clock, "compiled", guarded(loop._Clock.compiled, second))
+            loop.train(config, workdir)
+    return workdir, error.value, kept, first, second
 
 
 def test_compiles_once(runs):

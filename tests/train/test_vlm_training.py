@@ -31,7 +31,7 @@ from mmjax.train import loop
 from mmjax.train.checkpoints import CheckpointError
 from mmjax.train.experiment import base_config, prepare
 from mmjax.train.handover import model_dataclass
-from mmjax.train.tasks import VisionLanguage
+from mmjax.train.tasks import Seq2SeqVisionLanguage, VisionLanguage
 
 WORDS = "a dog on the red square left of three cats and one tree what is how many there"
 WORDS = WORDS.split(" ")
@@ -232,6 +232,7 @@ def test_alignment_needs_less_memory(full_and_aligned):
     frozen = sum(4 * leaf.size for leaf in state.frozen.values())
     assert full.argument_size_in_bytes - aligned.argument_size_in_bytes == 2 * frozen
     assert full.temp_size_in_bytes - aligned.temp_size_in_bytes > frozen
+    assert aligned.temp_size_in_bytes < 0.75 * full.temp_size_in_bytes
 
 
 # --- how conversations share rows
@@ -240,13 +241,15 @@ def test_alignment_needs_less_memory(full_and_aligned):
 @pytest.fixture(scope="module")
 def terms():
     """(attention, targets) -> the terms of the loss of a batch and their gradients, compiled once
-    for each shape."""
+    for each shape. The model with prefixes has learned positions."""
     made = {}
 
     def make(attention, targets):
         if (attention, targets) not in made:
             train = stream(dict(name="json", form="llava"), prefix=attention == "prefix")
             config = make_config(train, model={**MODEL, "attention": attention})
+            if attention == "prefix":
+                config.model.lm.rope = None
             experiment = prepare(config)
             task = VisionLanguage(experiment.mesh, targets=targets)
 
@@ -527,6 +530,40 @@ def test_data_that_do_not_fit_the_model(mesh, model, conversation, targets, said
         )
     lines = str(error.value).splitlines()[1:]
     assert any(all(part in line for part in said) for line in lines), error.value
+
+
+def test_an_encoder_decoder_has_a_task_and_data_of_its_own(mesh):
+    lm = dict(
+        vocab_size=VOCAB,
+        width=WIDTH,
+        depth=1,
+        decoder_depth=1,
+        heads=2,
+        head_dim=16,
+        mlp_width=HIDDEN,
+        activation="relu",
+        gated=False,
+        norm_eps=1e-6,
+        tied=True,
+        scale_logits=True,
+        decoder_start_id=3,
+    )
+    model = model_dataclass({**MODEL, "name": "seq2seq_vlm", "lm": lm})
+
+    def check(task=Seq2SeqVisionLanguage, targets=7, model=model, **seq2seq):
+        train = stream(dict(name="json", form="llava"), seq2seq=seq2seq or None)
+        task(mesh, targets=targets).check(model, ConfigDict(dict(train=train)))
+
+    check(max_len=8, start=3)
+    for arguments, said in (
+        (dict(task=VisionLanguage, max_len=8), "config.model is a Seq2SeqVLMConfig"),
+        (dict(model=model_dataclass(MODEL), max_len=8), "config.model is a VLMConfig"),
+        (dict(max_len=8), "start=0, but the decoder begins with 3"),
+        (dict(max_len=9, start=3), "targets=7, but rows have up to 8"),
+        (dict(targets=None), "seq2seq=None, but config.model.name='seq2seq_vlm'"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            check(**arguments)
 
 
 def test_all_that_does_not_fit_is_said_at_once():
