@@ -311,16 +311,18 @@ def _texts(spec: DataSpec, limit: int) -> Iterator[str]:
 
 
 def build_tokenizer(data_config: Any, workdir: str | os.PathLike) -> Tokenizer | None:
-    """The tokenizer of `config.data`, trained once and then kept in `workdir/tokenizer`.
+    """The tokenizer of `config.data`; one that is trained is kept in `workdir/tokenizer`.
 
     `data.tokenizer` is None (no text), `dict(name="hf", directory=...)`,
     `dict(name="gguf", path=...)`, or
     `dict(name="bpe" | "wordpiece" | "wordlevel", vocab_size=..., captions=200_000)`, trained on at
-    most about `captions` captions or conversations of `data.train`, evenly spread. Safe to call
-    from several processes.
+    most about `captions` captions or conversations of `data.train`, evenly spread; or
+    `dict(name="run", directory=...)`, a copy of the one that another run trained, for a stage that
+    takes its table of tokens. Safe to call from several processes.
 
     Raises:
-      ValueError: unknown name or field, or the kept tokenizer was made with another config.
+      ValueError: unknown name or field, a run that trained none, or the kept tokenizer was made
+        with another config.
     """
     data = plain(data_config)
     if data.get("tokenizer") is None:
@@ -328,7 +330,8 @@ def build_tokenizer(data_config: Any, workdir: str | os.PathLike) -> Tokenizer |
     name, arguments = split_name(data["tokenizer"], "data.tokenizer")
     if name in READERS:
         return call_strictly(f"tokenizer {name!r}", READERS[name], arguments)
-    TRAINERS[name]  # an unknown name is said before anything is read
+    if name != "run":
+        TRAINERS[name]  # an unknown name is said before anything is read
 
     def train(vocab_size: int, captions: int = 200_000) -> TrainedTokenizer:
         spec = parse(data["train"])
@@ -340,7 +343,8 @@ def build_tokenizer(data_config: Any, workdir: str | os.PathLike) -> Tokenizer |
     if not directory.exists():
         with locked(directory.with_name(".tokenizer.lock")):
             if not directory.exists():  # another process may have made it while this one waited
-                _keep(call_strictly(f"tokenizer {name!r}", train, arguments), data, directory)
+                make = _of_run if name == "run" else train
+                _keep(call_strictly(f"tokenizer {name!r}", make, arguments), data, directory)
     kept = json.loads((directory / "config.json").read_text())
     if kept != data["tokenizer"]:
         raise ValueError(
@@ -348,6 +352,16 @@ def build_tokenizer(data_config: Any, workdir: str | os.PathLike) -> Tokenizer |
             "another workdir, or remove that directory if nothing was trained with it."
         )
     return TrainedTokenizer.load(directory)
+
+
+def _of_run(directory: str) -> TrainedTokenizer:
+    kept = Path(directory).expanduser() / "tokenizer"
+    if not kept.is_dir():
+        raise ValueError(
+            f"There is no {kept}: data.tokenizer is that of a run which trained one. Give the work "
+            'directory of such a run, or dict(name="hf", directory=...) for a published one.'
+        )
+    return TrainedTokenizer.load(kept)
 
 
 def _keep(tokenizer: TrainedTokenizer, data: dict[str, Any], directory: Path) -> None:

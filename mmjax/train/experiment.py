@@ -22,13 +22,20 @@ import mmjax
 from mmjax import convert, flops, rules, sharding
 from mmjax.config import ConfigError, dataclass_from, split_name
 from mmjax.data.spec import batch_fields
+from mmjax.data.tokenizer import Tokenizer
 from mmjax.nn import backend, lora
 from mmjax.nn.partition import activation_sharding
 from mmjax.params import Params, abstract
 from mmjax.paths import located
 from mmjax.registry import nearest
 from mmjax.train import checkpoints, state
-from mmjax.train.handover import check_adapters, check_handover, is_checkpoint, model_dataclass
+from mmjax.train.handover import (
+    check_adapters,
+    check_handover,
+    check_tokens,
+    is_checkpoint,
+    model_dataclass,
+)
 from mmjax.train.optimizers import OptimizerConfig, make_optimizer, make_schedule
 from mmjax.train.schedules import Schedule
 from mmjax.train.step import make_step
@@ -312,7 +319,7 @@ def prepare(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
     )
 
 
-def load_initial(experiment: Experiment) -> Params:
+def load_initial(experiment: Experiment, tokenizer: Tokenizer | None = None) -> Params:
     """Parameters that config.init takes from elsewhere, straight into sharded arrays.
 
     Rows of config.init are (pattern over this model's paths, source, path there); the third may
@@ -321,6 +328,10 @@ def load_initial(experiment: Experiment) -> Params:
     checkpoint of Hugging Face format (its paths are those of the model that
     `mmjax.from_pretrained` makes of it); position tables of the latter are interpolated to this
     model's resolution. Adapters of config.lora that a source lacks are new: they change nothing.
+
+    Args:
+      experiment: whose parameters they will be.
+      tokenizer: of the run; a table of tokens must come from a run that had the same.
 
     Raises:
       CheckpointError: if a run has no checkpoint, or lacks a parameter.
@@ -348,6 +359,7 @@ def load_initial(experiment: Experiment) -> Params:
     for source, names in wanted.items():
         source = located(source)
         check_handover(experiment.config.model.to_dict(), source, names)
+        check_tokens(tokenizer, source, names)
         arrays = _read_params(source, {there: targets[here] for here, there in names.items()})
         loaded |= {here: arrays[there] for here, there in names.items() if there in arrays}
         if any(map(lora.is_adapter, arrays)):

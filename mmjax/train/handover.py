@@ -15,6 +15,7 @@ from typing import Any
 from mmjax import convert
 from mmjax.config import ConfigError, dataclass_from, split_name
 from mmjax.convert.family import read_json
+from mmjax.data.tokenizer import Tokenizer, TrainedTokenizer
 from mmjax.models import MODELS
 
 # Fields that say how a part is run, how large its inputs are, or what is read from it: a tower may
@@ -93,6 +94,31 @@ def check_handover(model: Mapping[str, Any], source: Path, names: Mapping[str, s
             f"config.init takes parameters from {source} that were made for another computation:\n"
             + "\n".join(problems)
             + "\nChange config.model to what it is there, or name the right source."
+        )
+
+
+def check_tokens(tokenizer: Tokenizer | None, source: Path, names: Mapping[str, str]) -> None:
+    """That a table of tokens is read with the ids that it was trained with.
+
+    It is certain for tokenizers that a run trained and keeps; those of files are the user's to
+    name rightly.
+
+    Args:
+      tokenizer: of this run.
+      source: the work directory of a run, or a checkpoint.
+      names: {path of a parameter here: its path there}.
+
+    Raises:
+      ConfigError: if the run trained another one.
+    """
+    kept = source / "tokenizer"
+    tables = [path for path in names if path.endswith("token/embedding")]
+    if tokenizer is None or not tables or is_checkpoint(source) or not kept.is_dir():
+        return
+    if TrainedTokenizer.load(kept).backend.get_vocab() != tokenizer.backend.get_vocab():
+        raise ConfigError(
+            f"config.init takes {', '.join(tables)} from {source}, whose tokenizer gives tokens "
+            f'other ids. Set config.data.tokenizer=dict(name="run", directory="{source}").'
         )
 
 

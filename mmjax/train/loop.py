@@ -92,7 +92,7 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -
     saved = stack.enter_context(Checkpoints(workdir / "checkpoints", experiment.checkpoint))
     restored = saved.restore(experiment.abstract_state())
     if restored is None:
-        start, state = 0, experiment.initial_state(load_initial(experiment))
+        start, state = 0, experiment.initial_state(load_initial(experiment, tokenizer))
     else:
         start, state, position = restored
         loader.set_state(position)

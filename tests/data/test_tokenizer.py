@@ -87,6 +87,7 @@ def test_bad_tokenizer_configs(tmp_path):
     says("did you mean 'vocab_size'", UnknownNameError, name="bpe", vocabsize=300)
     says("needs vocab_size", name="bpe")
     says("does not exist", name="hf", directory=str(tmp_path / "gone"))
+    says("There is no .*gone", name="run", directory=str(tmp_path / "gone"))
     with pytest.raises(ValueError, match="260"):
         train_tokenizer("bpe", iter(CAPTIONS), 100)
 

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from mmjax.config import ConfigError
-from mmjax.train.handover import check_handover, model_dataclass
+from mmjax.data.tokenizer import build_tokenizer, train_tokenizer
+from mmjax.train.handover import check_handover, check_tokens, model_dataclass
 
 ENCODER = dict(
     image_size=16,
@@ -107,6 +108,22 @@ def test_a_tower_from_another_model(tmp_path):
     check_handover(vlm(), source, names)
     with pytest.raises(ConfigError, match=r"encoder\.heads: 4 here, 2 there"):
         check_handover(vlm(encoder={**ENCODER, "heads": 4}), source, names)
+
+
+def test_a_table_of_tokens_comes_with_its_tokenizer(tmp_path):
+    source, second = run(tmp_path / "first", vlm()), tmp_path / "second"
+    one, other = (train_tokenizer("wordlevel", [text], 64) for text in ("a red dog", "a blue cat"))
+    (source / "tokenizer").mkdir()
+    one.save(source / "tokenizer")
+    table, scale = ({path: path} for path in ("lm/token/embedding", "lm/final_norm/scale"))
+    check_tokens(one, source, table)
+    check_tokens(other, source, scale)
+    with pytest.raises(ConfigError, match=r'lm/token/embedding .*name="run", directory='):
+        check_tokens(other, source, table)
+    copied = dict(tokenizer=dict(name="run", directory=str(source)))
+    second.mkdir()
+    check_tokens(build_tokenizer(copied, second), source, table)
+    assert (second / "tokenizer").is_dir()  # which a third stage is compared with
 
 
 def test_a_config_is_read_as_build_reads_it():

@@ -73,7 +73,7 @@ def mesh():
         patch.setattr(sharding, "make_mesh", lambda config: mesh)
         # Initialisers take long to compile.
         load = loop.load_initial
-        patch.setattr(loop, "load_initial", lambda x: load(x) if x.config.init else values(x))
+        patch.setattr(loop, "load_initial", lambda x, t: load(x, t) if x.config.init else values(x))
         patch.setattr(jax.stages.Lowered, "compile", lambda lowered: compile_it(lowered, QUICK))
         jax.config.update("jax_disable_most_optimizations", True)
         yield mesh
