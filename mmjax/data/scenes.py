@@ -31,8 +31,8 @@ Data set "scenes" (splits train, validation, test; heldout: icons and distractor
 Data set "scene_tiles" (splits seen, heldout and test)
   Single cells, drawn as in the scenes, with their captions (text, aliases): for training an image
   encoder, on concepts seen in scenes and on held-out ones; and some bare cards of any size, as the
-  shapes of easy-VQA are. test has one tile of each concept (of
-  both kinds) and word, with the bare name as text.
+  shapes of easy-VQA are. test has one tile of each concept (of both kinds) and word, with the bare
+  name as text.
 """
 
 from __future__ import annotations

@@ -330,8 +330,6 @@ def build_tokenizer(data_config: Any, workdir: str | os.PathLike) -> Tokenizer |
     name, arguments = split_name(data["tokenizer"], "data.tokenizer")
     if name in READERS:
         return call_strictly(f"tokenizer {name!r}", READERS[name], arguments)
-    if name != "run":
-        TRAINERS[name]  # an unknown name is said before anything is read
 
     def train(vocab_size: int, captions: int = 200_000) -> TrainedTokenizer:
         spec = parse(data["train"])
@@ -339,11 +337,14 @@ def build_tokenizer(data_config: Any, workdir: str | os.PathLike) -> Tokenizer |
             raise ValueError("data.tokenizer is set, but data.train has no text to train it on.")
         return train_tokenizer(name, _texts(spec, captions), vocab_size)
 
+    make = _of_run
+    if name != "run":
+        TRAINERS[name]  # an unknown name is said before anything is read
+        make = train
     directory = Path(workdir).expanduser() / "tokenizer"
     if not directory.exists():
         with locked(directory.with_name(".tokenizer.lock")):
             if not directory.exists():  # another process may have made it while this one waited
-                make = _of_run if name == "run" else train
                 _keep(call_strictly(f"tokenizer {name!r}", make, arguments), data, directory)
     kept = json.loads((directory / "config.json").read_text())
     if kept != data["tokenizer"]:
