@@ -19,7 +19,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     Args:
       arg: steps, batch, lr; concepts, "small" or "full" (see `mmjax.data.scenes`).
     """
-    arg = parse_arg(arg, steps=700, batch=128, lr=3e-3, concepts="small")
+    arg = parse_arg(arg, steps=1600, batch=128, lr=3e-3, concepts="small")
     config = two_towers("siglip", f"steps={arg.steps},batch={arg.batch},lr={arg.lr}")
     image, text = (config.data.train[name].to_dict() for name in ("image", "text"))
 

@@ -253,7 +253,7 @@ class Questions:
       apart: whether they are conversations of their own instead, which share the tokens of the
         image: each is learnt as if it were asked alone. Otherwise a question tells something of
         the answers to those before it.
-      caption: the share of conversations that are about the caption instead.
+      caption: the share of images whose caption is asked for too, as the last turn.
       prompts: requests for the caption, of which training draws one.
       suffix: added to each question, such as "\\nAnswer with a single word or phrase."
     """
@@ -275,21 +275,23 @@ class Questions:
 
     def __call__(self, record, name, rng):
         image = _single(_images(get_field(record, self.image_field, name)))
-        if rng is not None and self.caption and rng.random() < self.caption:
-            texts = _texts(get_field(record, self.caption_field, name), self.caption_field)
-            question, answer = _pick(self.prompts, rng), _pick(texts, rng)
-            turns = (_about_image(question), Turn("assistant", (answer,)))
-            return Conversation(turns, (image,)).check()
         rows = _rows(get_field(record, self.questions_field, name))
         if not rows:
             raise BadRecordError(f"nothing to supervise: {self.questions_field!r} is empty")
         chosen = range(len(rows)) if rng is None else rng.permutation(len(rows))
+        said = [
+            (_text(rows[index]["question"], "question"), _text(rows[index]["answer"], "answer"))
+            for index in chosen[: self.turns]
+        ]
+        if rng is not None and self.caption and rng.random() < self.caption:
+            texts = _texts(get_field(record, self.caption_field, name), self.caption_field)
+            said.append((_pick(self.prompts, rng), _pick(texts, rng)))
         turns = []
-        for index in chosen[: self.turns]:
-            text = _text(rows[index]["question"], "question") + self.suffix
+        for question, answer in said:
+            text = question + self.suffix
             shown = self.apart or not turns
             turns.append(_about_image(text) if shown else Turn("user", (text,)))
-            turns.append(Turn("assistant", (_text(rows[index]["answer"], "answer"),)))
+            turns.append(Turn("assistant", (answer,)))
         return Conversation(tuple(turns), (image,), self.apart).check()
 
     def questions(self, record, name):

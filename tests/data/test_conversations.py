@@ -144,9 +144,11 @@ def test_the_share_of_captions():
     }
     rng = np.random.default_rng(0)
     drawn = [form(record, "r", rng) for _ in range(400)]
-    about = [one for one in drawn if one.turns[1].text == "a dog"]
+    assert all(one.turns[0].text == "\nq?" for one in drawn)
+    about = [one for one in drawn if len(one.turns) == 4]
     assert 70 < len(about) < 130
-    assert {one.turns[0].text for one in about} == {"\nTell.", "\nSay."}
+    assert {one.turns[2].text for one in about} == {"Tell.", "Say."}
+    assert {one.turns[3].text for one in about} == {"a dog"}
 
 
 def test_vqa_learns_the_most_frequent_answer():

@@ -91,7 +91,7 @@ def answer(question, objects):
         r"Is the (.*) (above|below) the (.*)": beyond,
         r"Is the (.*) (higher|lower) than the (.*)": beyond,
         r"(?:What does the sign say|Wh.* (?:on|written on) the sign)": lambda: find("sign")["name"],
-        r"(?:Is there|Can you see) an? (.*)": lambda n: "yes" if shown(n) else "no",
+        r"(?:Is there|Can you see|Do you see) an? (.*)": lambda n: "yes" if shown(n) else "no",
         r"Is an? (.*) shown": lambda n: "yes" if shown(n) else "no",
     }
 
@@ -119,13 +119,17 @@ def test_scenes_are_as_described(made):
         cells = [o["cell"] for o in objects]
         assert 2 <= len(objects) <= 6 and len(set(cells)) == len(cells)
         assert sum(o["kind"] == "sign" for o in objects) <= 1
-        parts = [part.split(": ") for part in scene["caption"].split("; ")]
+        parts, places = (
+            [part.split(": ") for part in caption.split("; ")] for caption in scene["captions"]
+        )
         assert [cell for cell, _ in parts] == cells == sorted(cells, key=position)
         for (_, text), o in zip(parts, objects, strict=True):
             icon = re.fullmatch(r"(.*) on an? (\w+) (\w+)", text)
             told = icon.groups() if icon else (text.removeprefix("sign saying "), "white", "square")
             assert told == (o["name"], o["colour"], o["shape"])
-        assert 6 <= len(questions) <= 13
+        titles = ["sign" if o["kind"] == "sign" else o["name"] for o in objects]
+        assert sorted(places) == sorted(map(list, zip(titles, cells, strict=True)))
+        assert 8 <= len(questions) <= 14
         assert len({row["question"] for row in questions}) == len(questions)
         groups = {row["group"] for row in questions}
         assert {"recognition", "attribute", "counting", "presence"} <= groups
@@ -170,7 +174,7 @@ def test_a_guess_without_a_look_is_worth_little(rows):
         best[group] += max(counts.values())
         total[group] += counts.total()
     presence = Counter(row["answer"] for row, _ in rows if row["group"] == "presence")
-    assert presence == {"yes": COUNT, "no": COUNT}
+    assert presence == {"yes": 2 * COUNT, "no": 2 * COUNT}
     repeats = Counter(row["answer"] for row, _ in rows if "shown?" in row["question"])
     assert {*repeats} >= {"1", "2", "3", "4", "5"}
 
@@ -218,7 +222,7 @@ def test_the_same_seed_gives_the_same_bytes(made, sides):
         assert one["image"].tobytes() == other["image"].tobytes()
         assert {**one, "image": 0} == {**other, "image": 0}
     (other,) = scenes.generate_scenes(sides[0], 1, [2])
-    assert other["caption"] != made[0]["caption"]
+    assert other["captions"] != made[0]["captions"]
 
 
 def test_objects_stay_in_their_cells_and_show_their_colour(made):
@@ -289,13 +293,14 @@ def test_stored_scenes_are_the_generated_ones(tmp_path, monkeypatch, pictures, s
         return [source[i] for i in range(len(source))]
 
     expected = {
-        scene["caption"]: scene
+        scene["captions"][0]: scene
         for scene in scenes.generate_scenes(sides[1], 6, scenes._seed("heldout"))
     }
     records = stored("scenes", "heldout")
-    assert {r["caption"] for r in records} == {*expected}
+    assert {r["captions"][0] for r in records} == {*expected}
     for record in records:
-        scene = expected[record["caption"]]
+        scene = expected[record["captions"][0]]
+        assert list(record["captions"]) == scene["captions"]
         image = Image.open(io.BytesIO(record["image"]))
         assert image.tobytes() == scene["image"].tobytes()
         questions = record["questions"]
