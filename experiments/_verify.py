@@ -14,7 +14,7 @@ from flax import nnx
 from mmjax.convert import CONFIG
 from mmjax.data import anyres
 from mmjax.data.visual import TEXT as NO_PLACE
-from mmjax.models import LM, T5, VLM, NaFlexViT, T5Encoder, ViT, VLMConfig
+from mmjax.models import LM, T5, VLM, Flamingo, NaFlexViT, T5Encoder, ViT, VLMConfig
 from mmjax.models.clip import CLIP
 from mmjax.models.siglip import NaFlexSigLIP, SigLIP
 from mmjax.params import merge, split
@@ -166,6 +166,23 @@ def _vlm(model: VLM, reference: Any) -> Iterator[Row]:
 
     logits = _jitted(model, run, tokens, pixels.transpose(0, 1, 3, 4, 2), given)
     yield "logits", *_both(logits, _call(reference, **inputs).logits)
+
+
+@COMPARISONS.register("Flamingo")
+def _flamingo(model: Flamingo, reference: Any) -> Iterator[Row]:
+    """An image, text that sees it, another image, and text that sees that one."""
+    config = model.config
+    tokens = _tokens(config.vocab_size)
+    half = tokens.shape[1] // 2
+    tokens = np.where(tokens == config.image_token, 0, tokens)
+    tokens[:, [0, half]] = config.image_token
+    pixels = np.stack([_pixels(config.encoder, seed) for seed in (0, 1)], axis=1)
+    last = np.arange(tokens.shape[1])[:, None] // half == np.arange(2)
+    last[2 * half :, 1] = True
+    seen = np.broadcast_to(last.astype(np.int64), (len(tokens), *last.shape))
+    logits = _jitted(model, Flamingo.__call__, tokens, pixels.transpose(0, 1, 3, 4, 2))
+    theirs = _call(reference, input_ids=tokens, pixel_values=pixels, image_attention_mask=seen)
+    yield "logits", *_both(logits, theirs.logits)
 
 
 class See(NamedTuple):

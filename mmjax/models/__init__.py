@@ -5,6 +5,7 @@ from flax import nnx
 from mmjax.models.altclip import AltCLIP, AltCLIPConfig, AltText, AltTextConfig
 from mmjax.models.bert import Bert, BertConfig
 from mmjax.models.clip import CLIP, CLIPConfig
+from mmjax.models.flamingo import Flamingo, FlamingoConfig
 from mmjax.models.lm import LM, LMConfig, LMOutput
 from mmjax.models.naflex import NaFlexConfig, NaFlexViT
 from mmjax.models.projection import ProjectionConfig
@@ -31,6 +32,7 @@ MODELS.register("altclip")((AltCLIPConfig, AltCLIP))
 MODELS.register("t5")((T5Config, T5))
 MODELS.register("t5_encoder")((T5EncoderConfig, T5Encoder))
 MODELS.register("vlm")((VLMConfig, VLM))
+MODELS.register("flamingo")((FlamingoConfig, Flamingo))
 MODELS.register("seq2seq_vlm")((Seq2SeqVLMConfig, Seq2SeqVLM))
 
 __all__ = [
@@ -46,6 +48,8 @@ __all__ = [
     "Bert",
     "BertConfig",
     "CLIPConfig",
+    "Flamingo",
+    "FlamingoConfig",
     "LMConfig",
     "LMOutput",
     "NaFlexConfig",

@@ -292,10 +292,7 @@ class VLM(nnx.Module):
         if images is None:
             return self._embed_text(tokens, mask), None
         visual = self.encode_images(images, text=text, text_mask=text_mask)
-        if place is None:
-            here = tokens == self.config.image_token
-            here = here if mask is None else here & mask
-            place = jnp.where(here, jnp.cumsum(here, axis=1, dtype=jnp.int32) - 1, TEXT)
+        place = self._places(tokens, mask) if place is None else place
         # The placeholder need not be in the vocabulary of the language model.
         words = self._embed_text(jnp.where(place == TEXT, tokens, 0), mask)
         # A place beyond the visual tokens is NaN: under `jit` the only way to be noticed.
@@ -307,6 +304,12 @@ class VLM(nnx.Module):
             newline = self.newline[...].astype(words.dtype)
             embeddings = jnp.where((place == NEWLINE)[:, :, None], newline, embeddings)
         return constrain(embeddings, "batch", "tokens", "embed"), place
+
+    def _places(self, tokens: Array, mask: Array | None) -> Int[Array, "b t"]:
+        """Those of the placeholders, in order."""
+        here = tokens == self.config.image_token
+        here = here if mask is None else here & mask
+        return jnp.where(here, jnp.cumsum(here, axis=1, dtype=jnp.int32) - 1, TEXT)
 
     def _embed_text(self, tokens: Array, mask: Array | None) -> Float[Array, "b t d"]:
         # Whatever stands at padding, -1 for instance, must not become a vector of NaN.

@@ -210,8 +210,10 @@ def attend_cached(
     logits = logits.reshape(batch, heads, length, -1)
     if bias is not None:
         logits = logits + bias
-    logits = jnp.where(mask.dense()[:, None], logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits).astype(cache.value.dtype)
+    allowed = mask.dense()[:, None]
+    weights = jax.nn.softmax(jnp.where(allowed, logits, jnp.finfo(jnp.float32).min))
+    # A query that may attend to nothing gets zeros, as in `attend`.
+    weights = jnp.where(allowed, weights, 0).astype(cache.value.dtype)
     out = _matmul(weights.reshape(batch, kv_heads, -1, weights.shape[-1]), cache.value, (3, 2))
     out = out.reshape(batch, heads, length, width).swapaxes(1, 2)
     return out.astype(query.dtype)

@@ -314,7 +314,7 @@ class Stack(nnx.Module):
             drop_rates = np.linspace(0, self.drop_path, self.depth, dtype=np.float32)
             keys = jax.random.split(rng, self.depth)
         graph, params = nnx.split(self.layers)
-        options, table = _layer_options(mask, rotation, layers)
+        options, table = layer_options(mask, rotation, layers)
 
         def block(x, layer, kind, drop_rate, key):
             call = nnx.merge(graph, layer)
@@ -359,7 +359,7 @@ class Stack(nnx.Module):
           The output, and for each layer keys and values [B, kv_heads, length, head_dim].
         """
         graph, params = nnx.split(self.layers)
-        options, table = _layer_options(mask, rotation, layers)
+        options, table = layer_options(mask, rotation, layers)
 
         def step(x, inputs):
             layer, kind = inputs
@@ -382,6 +382,7 @@ class Stack(nnx.Module):
         mask: Mask,
         rotation: Rotation | None = None,
         layers: Layers | None = None,
+        before: Callable[[Array, int], Array] = lambda x, layer: x,
     ) -> tuple[Float[Array, "b n d"], tuple[KV, ...]]:
         """The next tokens of a text whose keys and values are in `caches`, which they join.
 
@@ -391,6 +392,7 @@ class Stack(nnx.Module):
         Args:
           slot: where in the caches the tokens of `x` go.
           mask: from them to all slots.
+          before: what is done to the stream before each layer.
         """
         updated = []
         for layer in range(self.depth):
@@ -402,6 +404,7 @@ class Stack(nnx.Module):
                     "rotation": kind.rotation,
                     "scale": kind.scale,
                 }
+            x = before(x, layer)
             x, cache = self.block(layer).step(x, caches[layer], slot, **options)
             updated.append(cache)
         return x, tuple(updated)
@@ -415,7 +418,7 @@ class Stack(nnx.Module):
         result.layers = nnx.List([self.block(layer) for layer in range(self.depth)])
         return result
 
-    def block(self, layer: int) -> Block:
+    def block(self, layer: int) -> nnx.Module:
         """One of the blocks, with parameters of its own."""
         if isinstance(self.layers, nnx.List):
             return self.layers[layer]
@@ -431,7 +434,7 @@ class Stack(nnx.Module):
         return block % self.depth
 
 
-def _layer_options(
+def layer_options(
     mask: Mask | None, rotation: Rotation | None, layers: Layers | None
 ) -> tuple[Callable[[Any, Array | None], dict[str, Any]], Any]:
     """A function (table, kind) -> arguments of a block, and its table, for use within a scan."""

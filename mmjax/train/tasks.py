@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from mmjax import losses
 from mmjax.config import ConfigError
 from mmjax.data.spec import ConversationSpec, parse
+from mmjax.models.flamingo import FlamingoConfig
 from mmjax.models.vlm import Seq2SeqVLMConfig, VLMConfig
 from mmjax.registry import Registry, nearest
 from mmjax.sharding import BATCH_AXES
@@ -174,7 +175,7 @@ class VisionLanguage(Task):
     """
 
     fields = ("tokens", "weights", "place", "segments", "images")
-    trains: type[VLMConfig] = VLMConfig
+    trains: tuple[type[VLMConfig], ...] = (VLMConfig, FlamingoConfig)
 
     def __init__(self, mesh: Mesh, *, targets: int | None = None):
         del mesh
@@ -189,10 +190,11 @@ class VisionLanguage(Task):
                 "The task 'vlm' learns from conversations about images: config.data.train needs "
                 "`conversation`, with `images` and `layout`."
             )
-        if type(model) is not self.trains:
+        if type(model) not in self.trains:
+            names = " or ".join(repr(config.name) for config in self.trains)
             raise ConfigError(
-                f"The task {self.trains.name!r} trains models of the same name, but config.model "
-                f"is a {type(model).__name__}."
+                f"config.task is for models of the name {names}, but config.model is a "
+                f"{type(model).__name__}."
             )
         problems = [f"  {text}" for wrong, text in self._problems(model, spec) if wrong]
         if problems:
@@ -276,7 +278,7 @@ class Seq2SeqVisionLanguage(VisionLanguage):
     """
 
     fields = ("tokens", "weights", "place", "segments", "images", "decoder_tokens")
-    trains = Seq2SeqVLMConfig
+    trains = (Seq2SeqVLMConfig,)
 
     def _problems(self, model: Seq2SeqVLMConfig, spec: ConversationSpec) -> list[tuple[bool, str]]:
         start = model.decoder_start_id if spec.seq2seq is None else spec.seq2seq.start

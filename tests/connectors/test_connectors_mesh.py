@@ -1,4 +1,6 @@
-"""Every connector trains within a VLM, with the same losses on one device and on any mesh."""
+"""Every connector in a VLM, and Flamingo, train with the losses of one device on any mesh."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,8 @@ from small_connectors import SMALL
 
 from mmjax import params, sharding
 from mmjax.connectors import CONNECTORS
-from mmjax.models import VLM, LMConfig, ViTConfig, VLMConfig
+from mmjax.models import MODELS, FlamingoConfig, LMConfig, ViTConfig, VLMConfig
+from mmjax.models.flamingo import GatedConfig
 from mmjax.nn.partition import activation_sharding
 from mmjax.nn.rope import Rope
 
@@ -26,7 +29,8 @@ TRANSFORMER = {"width": WIDTH, "depth": 1, "heads": 2, "mlp_width": 32, "norm_ep
 
 
 def vlm_config(name):
-    return VLMConfig(
+    """Of a connector's name, or "flamingo"."""
+    parts = dict(
         encoder=ViTConfig(
             image_size=8,
             patch_size=2,
@@ -35,7 +39,6 @@ def vlm_config(name):
             position="learned",
             **TRANSFORMER,
         ),
-        connector=SMALL[name],
         lm=LMConfig(
             vocab_size=VOCAB,
             max_len=64,
@@ -46,6 +49,13 @@ def vlm_config(name):
         ),
         image_token=VOCAB,
         features=(-1,),
+    )
+    if name != "flamingo":
+        return VLMConfig(connector=SMALL[name], **parts)
+    gated = GatedConfig(heads=2, head_dim=16)
+    lm = dataclasses.replace(parts.pop("lm"), depth=2)
+    return FlamingoConfig(
+        connector=SMALL["perceiver"], lm=lm, gated=gated, every=2, after=1, new_tokens=1, **parts
     )
 
 
@@ -105,7 +115,8 @@ def case():
     def get(name):
         if name not in cache:
             config = vlm_config(name)
-            graph, shapes = params.abstract(lambda: VLM(config, rngs=nnx.Rngs(0)))
+            model = MODELS[config.name][1]
+            graph, shapes = params.abstract(lambda: model(config, rngs=nnx.Rngs(0)))
             given = graph, random_values(shapes), make_batch(config)
             one = sharding.make_mesh(sharding.MeshConfig(1, 1, 1), jax.devices()[:1])
             cache[name] = given, losses(*given, one)
@@ -115,7 +126,7 @@ def case():
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("name", CONNECTORS)
+@pytest.mark.parametrize("name", [*CONNECTORS, "flamingo"])
 def test_losses_do_not_depend_on_the_mesh(case, name, mesh):
     given, expected = case(name)
     assert expected[-1] < 0.9 * expected[0]

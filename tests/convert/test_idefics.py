@@ -1,0 +1,110 @@
+"""IDEFICS of transformers, both ways."""
+
+import hf
+import numpy as np
+import pytest
+from towers import refused
+from vlms import IMAGE, check
+
+transformers = hf.transformers()
+pytestmark = pytest.mark.torch
+
+VISION = {
+    "embed_dim": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "image_size": 24,
+    "patch_size": 8,
+}
+RESAMPLER = {
+    "resampler_n_latents": 5,
+    "resampler_depth": 2,
+    "resampler_n_heads": 3,
+    "resampler_head_dim": 10,
+}
+LANGUAGE = {
+    "vocab_size": 50,
+    "additional_vocab_size": 2,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 256,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "alpha_initializer": "normal",
+    "alphas_initializer_range": 0.5,
+    "alpha_type": "vector",
+}
+# name -> options of the tower, of the resampler (None: there is none) and of the whole
+CASES = {
+    "as published": (
+        {"hidden_act": "gelu"},
+        {"qk_layer_norms_perceiver": True},
+        {
+            "cross_layer_interval": 2,
+            "qk_layer_norms": True,
+            "alpha_type": "float",
+            "alpha_initializer": "zeros",
+        },
+    ),
+    "every block, tied": (
+        {"image_size": 28, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-3},
+        {},
+        {"tie_word_embeddings": True, "rms_norm_eps": 1e-3},
+    ),
+    "no resampler, another width, nothing new": (
+        {"embed_dim": 24, "num_attention_heads": 3, "num_channels": 1},
+        None,
+        {"cross_layer_interval": 4, "additional_vocab_size": 0, "hidden_act": "gelu"},
+    ),
+}
+# Text before the first image, several images, and one without any.
+ROWS = ([3, IMAGE, 4], [IMAGE, 2, IMAGE, 5], [6], [2, IMAGE, IMAGE, 1])
+
+
+def config_for(name):
+    vision, resampler, options = CASES[name]
+    return transformers.IdeficsConfig(
+        vision_config=VISION | vision,
+        perceiver_config=RESAMPLER | (resampler or {}),
+        use_resampler=resampler is not None,
+        **LANGUAGE | options,
+    )
+
+
+def theirs(stream):
+    """Who sees what: each token the last image before it, as their processor says it."""
+    import torch
+
+    count = stream.images.shape[1]
+    last = np.maximum.accumulate(stream.place, axis=1)
+    seen = last[:, :, None] == np.arange(count)
+    pixels = stream.images.transpose(0, 1, 4, 2, 3)
+    return {
+        **stream.theirs,
+        "pixel_values": torch.tensor(pixels),
+        "image_attention_mask": torch.tensor(seen.astype(np.int64)),
+    }
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_transformers(name, tmp_path):
+    reference = transformers.IdeficsForVisionText2Text(config_for(name))
+    check(reference, tmp_path, rows=ROWS, theirs=theirs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda hf: setattr(hf, "cross_layer_interval", 3), "every=3 is no divisor"),
+        (lambda hf: setattr(hf.vision_config, "image_size", [24, 16]), "equal height and width"),
+    ],
+)
+def test_refused(change, message):
+    config = config_for("as published")
+    change(config)
+    with pytest.raises(ValueError, match=message):
+        refused("IdeficsForVisionText2Text", config)
