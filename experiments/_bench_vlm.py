@@ -466,14 +466,16 @@ def main(argv: list[str]) -> int:
     sides: dict[str, Callable] = {"mmjax": MMJax, "transformers": Transformers}
     if device == "gpu":
         sides["transformers compiled"] = TransformersCompiled
-    with rivals(sides, job) as ask:
-        for number, connector in enumerate(args.connectors):
+    peaks = dict.fromkeys(sides, 0.0)
+    for number, connector in enumerate(args.connectors):
+        # In new processes: what the one before leaves in memory slows the next.
+        with rivals(sides, job) as ask:
             facts = {name: ask(name, "prepare", connector) for name in sides}
             if number == 0:
                 peak = peak_flops(device, facts["mmjax"]["device"], args.dtype)
                 _head(job, args.rounds, facts["mmjax"]["device"])
             _compare(ask, connector, facts, peak, args.rounds)
-        peaks = {name: ask(name, "peak") for name in sides}
+            peaks = {name: max(peaks[name], ask(name, "peak")) for name in sides}
     print(
         "ratio: mmjax's speed over this row's, turn by turn. answer: to a question about an image, "
         f"{QUESTION} tokens beside the visual ones, {NEW} new tokens, batch 1. MFU: matmul FLOPs "
