@@ -363,7 +363,7 @@ class Flamingo(VLM):
         Args:
           place: which image of the row (or clip) stands at each position, -1 for none; None: they
             stand, in order, where tokens are `config.image_token`.
-          images: None: there are none, and the language model runs alone.
+          images: None: no row has any.
         """
         positions, attention = None, None
         if segments is not None:
@@ -395,13 +395,11 @@ class Flamingo(VLM):
         place: Int[Array, "b t"] | None = None,
         text: Int[Array, "n l"] | None = None,
         text_mask: Bool[Array, "n l"] | None = None,
-    ) -> tuple[Float[Array, "b v"], FlamingoCache | Cache]:
+    ) -> tuple[Float[Array, "b v"], FlamingoCache]:
         """Read the prompts; see `LM.prefill`, and `run` for images and what goes with them."""
         embeddings, context = self._start(tokens, images, mask, place, None, None, text, text_mask)
         lm = self._looking(context)
         logits, cache = lm.prefill(None, mask, length=length, embeddings=embeddings)
-        if context is None:
-            return logits, cache
         remembered = tuple(
             self.gated.block(group).attention.remember(context.tokens)
             for group in range(self.gated.depth)
@@ -412,11 +410,9 @@ class Flamingo(VLM):
         return logits, FlamingoCache(cache, remembered, seen)
 
     def step(
-        self, tokens: Int[Array, " b"], cache: FlamingoCache | Cache
-    ) -> tuple[Float[Array, "b v"], FlamingoCache | Cache]:
+        self, tokens: Int[Array, " b"], cache: FlamingoCache
+    ) -> tuple[Float[Array, "b v"], FlamingoCache]:
         """Read one more token of each text, which is no image's; see `LM.step`."""
-        if isinstance(cache, Cache):
-            return self._looking(None).step(tokens, cache)
         lm = self._looking(Context(cache.context, cache.seen))
         logits, own = lm.step(tokens, cache.lm)
         return logits, cache._replace(lm=own)
@@ -471,11 +467,14 @@ class Flamingo(VLM):
         parents: Array | None,
         text: Array | None,
         text_mask: Array | None,
-    ) -> tuple[Float[Array, "b t d"], Context | None]:
+    ) -> tuple[Float[Array, "b t d"], Context]:
         """What the language model reads, and what it looks at."""
         embeddings = self._embed_text(tokens, mask)
         if images is None:
-            return embeddings, None
+            # As a row without images beside others: gated blocks see nothing, but have MLPs.
+            nothing = jnp.zeros((len(tokens), 1, self.config.visual_width), embeddings.dtype)
+            none, no_key = jnp.zeros_like(tokens), jnp.zeros_like(tokens[:, :1])
+            return embeddings, Context(nothing, Mask(Labels(group=none), Labels(group=no_key)))
         visual = self.encode_images(images, text=text, text_mask=text_mask)
         count = visual.shape[1] // self.config.visual_tokens
         place = self._places(tokens, mask) if place is None else place

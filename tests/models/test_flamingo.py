@@ -104,6 +104,19 @@ def test_gates_at_zero_leave_the_language_model(run, after, gate):
     assert np.abs(run(config, tokens=tokens, images=images) - bare).max() > 0.01
 
 
+def test_a_row_without_images_is_the_same_alone(run):
+    tokens = np.stack([text(8), text(8, seed=2)])
+    tokens[0, 2] = IMAGE
+    images = PICTURES[:2, None]
+    together = run(CONFIG, tokens=tokens, images=images)
+    alone = run(CONFIG, tokens=tokens[1:])
+    np.testing.assert_allclose(alone, together[1:], atol=1e-5)
+    rows = [tokens[0].tolist(), tokens[1].tolist()]
+    generator = Generator(build(CONFIG))
+    both = generator(rows, [PICTURES[:1], PICTURES[:0]], max_new_tokens=4).tokens
+    np.testing.assert_array_equal(generator(rows[1:], max_new_tokens=4).tokens, both[1:])
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_new_tokens_come_after_those_of_the_language_model(run, tied):
     """They have vectors and logits; what there was keeps its own."""

@@ -17,7 +17,7 @@ from mmjax.models.flamingo import GatedConfig
 
 # Of the resampler, which transformers' config does not say.
 RESAMPLER = dict(mlp_ratio=4, activation="relu", norm_eps=1e-5, projection=None)
-VISION, CONNECTOR, BLOCKS = "model.vision_model.", "model.perceiver_resampler.", "blocks.*."
+VISION, CONNECTOR = "model.vision_model.", "model.perceiver_resampler."
 LOOK = "model.gated_cross_attn_layers.*."
 
 
