@@ -39,16 +39,14 @@ def start(
     command: str = "experiments.train",
     **options,
 ) -> subprocess.Popen:
-    """A command on the tiny config, under way; its output is in `workdir`.log."""
+    """A command on the tiny config, under way; its output is in `workdir`.log, if not in a pipe."""
     log = open(f"{workdir}.log", "a")  # noqa: SIM115 -- the process holds it
     where = ("--config", f"{CONFIG}:{arg}", "--workdir", str(workdir))
     return subprocess.Popen(
         [sys.executable, "-m", command, *where, *extra],
         cwd=ROOT,
         env=environment(devices, cache),
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        **options,
+        **(dict(stdout=log, stderr=subprocess.STDOUT) | options),
     )
 
 
