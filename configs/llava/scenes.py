@@ -6,9 +6,14 @@ python -m experiments.train --config configs/siglip/tiles.py --workdir runs/tile
 python -m experiments.train --config configs/llava/scenes.py:stage=align --workdir runs/align
 python -m experiments.train --config configs/llava/scenes.py:stage=tune --workdir runs/tune
 
-`align` trains the connector on captions, `tune` connector, language model and encoder on questions;
-`single` is the second without the first. As LLaVA (Liu et al., 2023), whose figures these are not:
-the data are icons.
+`align` trains the connector on captions, `tune` connector and language model on questions; `single`
+is the second without the first. As LLaVA (Liu et al., 2023), whose figures these are not: the data
+are icons.
+
+Visual tokens are mixtures of the language model's own (AlignVLM), and alignment teaches them the
+words of captions. With other connectors alignment is LLaVA's, by the language model's loss on the
+captions; that takes longer by far, and afterwards the language model finds hardly anything again
+that it is shown among other things.
 """
 
 import dataclasses
@@ -40,8 +45,8 @@ ENCODER = dict(
     position="sincos2d",
 )
 CONNECTORS = {
-    "pixel_shuffle": dict(name="pixel_shuffle", factor=4, projection=dict(name="mlp")),
-    "mlp": dict(name="mlp"),
+    "align": lambda lm: dict(name="align", vocab_size=lm.vocab_size),
+    "mlp": lambda lm: dict(name="mlp"),
 }
 
 
@@ -50,7 +55,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     Args:
       arg: stage; encoder, lm and start, the runs or checkpoints whose weights are taken; connector;
-        steps, batch (rows), length (tokens of a row), lr; eval (questions of each set).
+        (what the 16 features of a tile go through together: "align" or "mlp"); steps, batch (rows),
+        length (tokens of a row), lr; eval (questions of each set).
     """
     arg = parse_arg(
         arg,
@@ -58,46 +64,60 @@ def get_config(arg: str | None = None) -> ConfigDict:
         encoder="runs/tiles",
         lm="",
         start="runs/align",
-        connector="pixel_shuffle",
+        connector="align",
         steps=0,
-        batch=1,
+        batch=0,
         length=384,
         lr=0.0,
         eval=400,
     )
     if arg.stage not in STAGES:
         raise ConfigError(f"stage={arg.stage}; {nearest(arg.stage, STAGES)}")
+    if arg.connector not in CONNECTORS:
+        raise ConfigError(f"connector={arg.connector}; {nearest(arg.connector, CONNECTORS)}")
     lm = arg.lm or weights.SMOLLM2
+    lm_config = convert.open_checkpoint(lm).config
+    projection = CONNECTORS[arg.connector](lm_config)
     model = dict(
         name="vlm",
         encoder=ENCODER,
-        connector=CONNECTORS[arg.connector],
-        lm=dataclasses.asdict(convert.open_checkpoint(lm).config),
+        connector=dict(name="pixel_shuffle", factor=4, projection=projection),
+        lm=dataclasses.asdict(lm_config),
         image_token=IMAGE_TOKEN,
         features=(-1,),
         features_norm=True,
     )
     made: VLMConfig = model_dataclass(model)
     aligning = arg.stage == "align"
+    naming = aligning and made.connector.names_words
     init = (("encoder/(.*)", arg.encoder, r"image/\1"), ("lm/(.*)", lm, r"\1"))
+    tables = ()
+    if made.connector.names_words:
+        # The language model's own words.
+        words = "connector/projection/(head|token)/embedding"
+        init, tables = ((words, lm, "token/embedding"), *init), ((words, False),)
     if arg.stage == "tune":
         init = ((".*", arg.start, r"\g<0>"),)
     # A new connector has far to go: at a tenth of this rate alignment learned hardly any names (3 %
     # of 161), at this one half of them.
     new = 10.0
     # Little of the language model may change in steps of some twenty questions. Its table of tokens
-    # is to keep the words that no question of training has. To train its attention alone makes
-    # steps cheaper, but then it learned less of where to look.
-    trainable = (("lm/token/.*", False), (".*", True))
-    rates = (("connector/.*", 1.0 if arg.stage == "tune" else new), (".*", 0.35))
+    # is to keep the words that no question of training has, the encoder what they look like.
+    kept = "(encoder|lm/token)/.*" if arg.stage == "tune" else "lm/token/.*"
+    trainable = (*tables, (kept, False), (".*", True))
+    rates = ((".*", 0.35),)
+    if arg.stage == "single":
+        rates = (("connector/.*", new), *rates)
     if aligning:
-        trainable, rates = (("connector/.*", True), (".*", False)), ((".*", new),)
-    steps = arg.steps or (300 if aligning else 660)
+        trainable = (*tables, ("connector/.*", True), (".*", False))
+        rates = ((".*", new),)
+    steps = arg.steps or ((800 if naming else 300) if aligning else 700)
+    batch = arg.batch or (2 if naming else 1)
 
     def data(*sources: dict, **options) -> dict:
         conversation = dict(
             # Captions follow their image without a question, as in LLaVA's first stage.
-            template="plain" if aligning else "qa",
+            template="caption" if aligning else "qa",
             max_len=arg.length,
             images=64 if aligning else 28,  # more than most rows have: each costs the encoder
             layout=dict(
@@ -122,17 +142,18 @@ def get_config(arg: str | None = None) -> ConfigDict:
         )
 
     def easy(split: str, **form) -> dict:
-        return dict(name="easy_vqa", split=split, form=dict(name="questions", **form))
+        return dict(name="easy_vqa", split=split, form=dict(name="questions") | form)
 
     tiles = dict(name="tfds", dataset="scene_tiles/small", split="seen+heldout", form="caption")
     if aligning:
-        train = [tiles | dict(weight=20.0), scenes("train", name="caption", text_field="captions")]
+        captions = easy("train", name="caption", text_field="caption")
+        train = [tiles | dict(weight=10.0), captions | dict(weight=2.0)]
     else:
         train = [
             scenes("train", turns=14, apart=True, caption=0.5, caption_field="captions")
             | dict(weight=3.0),
             easy("train", turns=8, apart=True) | dict(weight=2.0),
-            tiles | dict(weight=2.0),
+            tiles | dict(weight=1.0),
         ]
     targets = 3 * arg.length // 4 if aligning else arg.length // 3
     evals = {}
@@ -156,7 +177,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 note=ICONS_NOTE,
             )
     return base_config(
-        task=dict(name="vlm", targets=targets),
+        task=dict(name="words") if naming else dict(name="vlm", targets=targets),
         model=model,
         init=init,
         data=dict(
@@ -176,7 +197,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             clip_norm=1.0,
         ),
         rules=dict(trainable=trainable, learning_rate=rates),
-        train=dict(steps=steps, batch_size=arg.batch, log_every=20),
+        train=dict(steps=steps, batch_size=batch, log_every=20),
         checkpoint=dict(every=steps),
         evals=evals,
     )

@@ -1,5 +1,6 @@
 """Connectors: from the features of images to tokens of a language model."""
 
+from mmjax.connectors.align import Align, AlignConfig
 from mmjax.connectors.base import (
     CONNECTORS,
     Connector,
@@ -26,6 +27,8 @@ from mmjax.connectors.token_packer import TokenPacker, TokenPackerConfig
 __all__ = [
     "CONNECTORS",
     "LDP",
+    "Align",
+    "AlignConfig",
     "CAbstractor",
     "CAbstractorConfig",
     "Connector",

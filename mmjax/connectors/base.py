@@ -33,6 +33,7 @@ class ConnectorConfig:
 
     Attributes:
       frames: images that are read together, a clip; 1 for those that read one image at a time.
+      names_words: whether tokens are mixtures of the language model's own; see `Connector.name`.
     """
 
     name: str = dataclasses.field(default="", init=False)
@@ -40,6 +41,10 @@ class ConnectorConfig:
     @property
     def frames(self) -> int:
         return 1
+
+    @property
+    def names_words(self) -> bool:
+        return False
 
     def tokens(self, grid: Grid, extra: int = 0) -> int:
         """Number of tokens for the features of an image, or of a clip of `frames`.
@@ -83,6 +88,15 @@ class Connector(nnx.Module):
         """
         Raises:
           ConnectorError: if the features are not those of such a grid.
+        """
+        raise NotImplementedError
+
+    def name(
+        self, features: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None, grid: Grid
+    ) -> Float[Array, "b m v"]:
+        """The logarithm of the share that each entry of the vocabulary has in each token, float32.
+
+        For connectors whose config has `names_words` only.
         """
         raise NotImplementedError
 

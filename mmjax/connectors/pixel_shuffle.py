@@ -13,6 +13,7 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
+from mmjax.connectors.align import AlignConfig
 from mmjax.connectors.base import (
     CONNECTORS,
     Connector,
@@ -44,12 +45,16 @@ class PixelShuffleConfig(ConnectorConfig):
     """
 
     factor: int = 2
-    projection: LinearConfig | MLPConfig = NO_BIAS
+    projection: LinearConfig | MLPConfig | AlignConfig = NO_BIAS
     norm: bool = False
     name: str = dataclasses.field(default="pixel_shuffle", init=False)
 
     def __post_init__(self):
         at_least_one(factor=self.factor)
+
+    @property
+    def names_words(self) -> bool:
+        return self.projection.names_words
 
     def tokens(self, grid: Grid, extra: int = 0) -> int:
         return square_tokens(self.name, self.factor, grid, extra)
@@ -71,14 +76,20 @@ class PixelShuffle(Connector):
     def __call__(
         self, features: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None, grid: Grid
     ) -> tuple[Float[Array, "b m e"], Bool[Array, "b m"]]:
+        tokens, _ = self.projection(self._squares(features, mask, grid), None, grid)
+        if mask is None:
+            return tokens, all_valid(tokens)
+        return tokens, jnp.any(in_squares(mask, grid, self.config.factor), axis=2)
+
+    def name(
+        self, features: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None, grid: Grid
+    ) -> Float[Array, "b m v"]:
+        return self.projection.name(self._squares(features, mask, grid), None, grid)
+
+    def _squares(self, features: Array, mask: Array | None, grid: Grid) -> Array:
         config = self.config
         whole_grid(features.shape[1], grid, config.name)
         config.tokens(grid)  # raises where squares do not fill the grid
         squares = in_squares(only_valid(features, mask), grid, config.factor)
         squares = squares.reshape(*squares.shape[:2], -1)
-        tokens, _ = self.projection(
-            squares if self.norm is None else self.norm(squares), None, grid
-        )
-        if mask is None:
-            return tokens, all_valid(tokens)
-        return tokens, jnp.any(in_squares(mask, grid, config.factor), axis=2)
+        return squares if self.norm is None else self.norm(squares)

@@ -71,6 +71,9 @@ class Template:
         stands after it is learnt: it is how an answer ends.
       between: after each answer, not learnt.
       answer: text around an answer that belongs to it.
+      chunk: of a document, an answer to nobody, what ends the text of one image before the next one
+        stands; learnt. The last text ends as every answer does, and nothing stands before the
+        first. Empty: documents are answers like others.
       inside: whether the system's words are part of the user's first turn.
       silent: whether the user's and the system's words are left out.
       images_first: whether the images of a turn of the user stand before it, wherever in its words
@@ -84,6 +87,7 @@ class Template:
     begin: tuple[Part, ...] = ()
     between: tuple[Part, ...] = ()
     answer: tuple[str, str] = ("", "")
+    chunk: tuple[Part, ...] = ()
     inside: bool = False
     silent: bool = False
     images_first: bool = False
@@ -96,6 +100,10 @@ class Template:
           system: what the system says if the conversation does not; None: the template's default.
         """
         return list(_pieces(self._parts(conversation, self.default if system is None else system)))
+
+    def beginning(self) -> list[Piece]:
+        """The pieces of `begin`."""
+        return list(_pieces(_unlearnt(self.begin)))
 
     def _parts(self, conversation: Conversation, system: str) -> Iterator[tuple[Part, bool]]:
         turns = conversation.turns
@@ -121,10 +129,20 @@ class Template:
                 yield from _unlearnt((*before, *first, *said, *after))
             else:
                 before, end = self.assistant
+                opening, closing = self.answer
+                if self.chunk and len(turns) == 1:  # a document, as it is
+                    before, opening, closing = (), "", ""
                 yield from _unlearnt(before)
-                for part in (self.answer[0], *said, self.answer[1], *end):
+                for part in (opening, *self._chunks(said), closing, *end):
                     yield part, not isinstance(part, Picture)
                 yield from _unlearnt(self.between)
+
+    def _chunks(self, said: tuple[str | Picture, ...]) -> Iterator[Part]:
+        """A document: what ends its chunks, between them."""
+        for before, part in zip((None, *said), said, strict=False):
+            if isinstance(part, Picture) and isinstance(before, str):
+                yield from self.chunk
+            yield part
 
 
 def _unlearnt(parts: Iterable[Part]) -> Iterator[tuple[Part, bool]]:
@@ -231,6 +249,12 @@ TEMPLATES.register("plain")(
     # it as a place to attend to when there is nothing else (Xiao et al., 2023).
     Template(begin=(FIRST,), user=((), ()), assistant=((), (EOS,)), silent=True)
 )
+TEMPLATES.register("caption")(
+    # The same with a space before the caption, so that its words are those within a text.
+    Template(
+        begin=(FIRST,), user=((), ()), assistant=((), (EOS,)), answer=(" ", ""), silent=True
+    )
+)
 
 TEMPLATES.register("qa")(
     # The prompts of BLIP-2 and Flamingo, turn by turn: a third fewer tokens than ChatML has.
@@ -241,6 +265,27 @@ TEMPLATES.register("qa")(
         assistant=(("Answer:",), (EOS,)),
         between=("\n",),
         answer=(" ", ""),
+    )
+)
+TEMPLATES.register("openflamingo")(
+    # OpenFlamingo, and Flamingo: an image, then its text, then the end of the chunk.
+    Template(
+        begin=(START,),
+        user=(("Question:",), ("",)),
+        assistant=((" Short answer:",), (Special("<|endofchunk|>"),)),
+        chunk=(Special("<|endofchunk|>"),),
+        images_first=True,
+    )
+)
+TEMPLATES.register("interleaved")(
+    # The same for language models whose end token ends chunks: none is new.
+    Template(
+        begin=(START,),
+        user=(("Question: ",), (" ",)),
+        assistant=(("Answer:",), (EOS,)),
+        answer=(" ", ""),
+        chunk=(EOS,),
+        images_first=True,
     )
 )
 
@@ -292,7 +337,13 @@ class ChatTokenizer:
         """
         parts = [
             part
-            for group in (*template.system, *template.user, *template.assistant, template.begin)
+            for group in (
+                *template.system,
+                *template.user,
+                *template.assistant,
+                template.begin,
+                template.chunk,
+            )
             for part in group
         ]
         lacking = sorted(

@@ -477,6 +477,100 @@ class Messages:
                 raise BadRecordError(f"a message holds content of the type {kind!r}: {item!r}")
 
 
+@FORMS.register("interleaved")
+@dataclass(frozen=True)
+class Interleaved:
+    """Documents of images and texts, all texts supervised, as OBELICS has them (Laurençon et al.,
+    2023): two lists of one length, in each place a text or an image, and None in the other list.
+
+    Args:
+      images: documents with more are cut after the text of the last of so many.
+    """
+
+    images: int | None = None
+    texts_field: str = "texts"
+    images_field: str = "images"
+
+    def __call__(self, record, name, rng):
+        texts = list(get_field(record, self.texts_field, name))
+        images = list(get_field(record, self.images_field, name))
+        if len(texts) != len(images):
+            raise BadRecordError(
+                f"{self.texts_field!r} has {len(texts)} places, {self.images_field!r} {len(images)}"
+            )
+        parts: list[tuple[str, Any]] = []
+        for text, image in zip(texts, images, strict=True):
+            if (text is None) == (image is None):
+                raise BadRecordError(f"place {len(parts)} must hold either a text or an image")
+            if text is None:
+                parts.append(("image", image))
+            else:
+                parts.append(("text", _text(text, self.texts_field)))
+        return _document(parts, self.images, "\n\n")
+
+
+@FORMS.register("mmc4")
+@dataclass(frozen=True)
+class MMC4:
+    """Documents of MMC4 (Zhu et al., 2023): `text_list` holds sentences, `image_info` images, each
+    with the number of the sentence it was matched to (`matched_text_index`) and how similar CLIP
+    finds them (`matched_sim`). An image stands before its sentence, as in OpenFlamingo.
+
+    Args:
+      images: documents with more are cut after the text of the last of so many.
+      similarity: images less similar are left out; 0.24 in OpenFlamingo.
+      image_key: where an entry of `image_info` has its image.
+    """
+
+    images: int | None = 5
+    similarity: float = 0.24
+    image_key: str = "image"
+    texts_field: str = "text_list"
+    images_field: str = "image_info"
+
+    def __call__(self, record, name, rng):
+        texts = _texts(get_field(record, self.texts_field, name), self.texts_field)
+        before: dict[int, list[Any]] = {}
+        for entry in _rows(get_field(record, self.images_field, name)):
+            place, similarity = entry.get("matched_text_index"), entry.get("matched_sim")
+            if not isinstance(place, int) or not 0 <= place < len(texts):
+                raise BadRecordError(f"an image is matched to the text {place!r} of {len(texts)}")
+            if similarity is None or similarity >= self.similarity:
+                before.setdefault(place, []).append(get_field(entry, self.image_key, name))
+        if not before:
+            raise BadRecordError("none of its images is similar enough to its text")
+        parts: list[tuple[str, Any]] = []
+        for number, text in enumerate(texts):
+            parts += [("image", image) for image in before.get(number, ())]
+            parts.append(("text", text))
+        return _document(parts, self.images, " ")
+
+
+def _document(
+    parts: Sequence[tuple[str, Any]], limit: int | None, space: str
+) -> Conversation:
+    """("text" or "image", it) in their order -> an answer to nobody."""
+    said: list[str | int] = []
+    images: list[Any] = []
+    for kind, part in parts:
+        if kind == "image":
+            if len(images) == limit:
+                break
+            said.append(len(images))
+            images.append(part)
+        elif said and isinstance(said[-1], str):
+            said[-1] += space + part
+        else:
+            said.append(part)
+    # An image at the end has no text.
+    while said and isinstance(said[-1], int):
+        images.pop()
+        said.pop()
+    if not said:
+        raise BadRecordError("nothing to supervise: there is no text after its images")
+    return Conversation((Turn("assistant", tuple(said)),), tuple(images)).check()
+
+
 @FORMS.register("text")
 @dataclass(frozen=True)
 class Text:

@@ -11,6 +11,9 @@ from typing import Any
 from mmjax.data.sources import SOURCES
 from mmjax.registry import UnknownNameError, nearest
 
+COLOURS = ("red", "green", "blue", "yellow", "brown", "teal", "gray", "black")
+SHAPES = ("circle", "rectangle", "triangle")
+
 
 def _group(question: str) -> str:
     if not question.startswith("what"):
@@ -18,12 +21,26 @@ def _group(question: str) -> str:
     return "easy_color" if "color" in question else "easy_shape"
 
 
+def _caption(asked: list[tuple[str, str]]) -> str:
+    """ "teal circle": what questions and answers tell; "shape" if they do not tell which."""
+    said: set[str] = set()
+    for question, answer in asked:
+        words = set(question.rstrip("?").split())
+        if answer == "yes" and not words & {"no", "not"}:
+            said |= words
+        elif answer not in ("yes", "no"):
+            said |= words | {answer}
+    known = [word for words in (COLOURS, SHAPES) for word in words if word in said]
+    return " ".join(known if said & set(SHAPES) else [*known, "shape"])
+
+
 @SOURCES.register("easy_vqa")
 class EasyVqa:
     """The 4,000 pictures of training or the 1,000 of the test, in the order of their numbers.
 
-    Records have `image` (encoded bytes), `id` and `questions`, a list of `question`, `answer`,
-    `group` ("easy_color", "easy_shape" or "easy_yesno") and `choices` (empty: answers are open).
+    Records have `image` (encoded bytes), `id`, `questions`, a list of `question`, `answer`,
+    `group` ("easy_color", "easy_shape" or "easy_yesno") and `choices` (empty: answers are open),
+    and `caption`, what the answers tell of the picture: "teal circle".
 
     Yes-or-no questions give much away: an answer from the form of the question alone ("is no teal
     shape present?": yes) is right for four in five of them.
@@ -72,7 +89,12 @@ class EasyVqa:
             {"question": question, "answer": answer, "group": _group(question), "choices": []}
             for question, answer in self._asked[index]
         ]
-        return {"image": image, "questions": questions, "id": self.id(index)}
+        return {
+            "image": image,
+            "questions": questions,
+            "caption": _caption(self._asked[index]),
+            "id": self.id(index),
+        }
 
     def id(self, index: int) -> str:
         return f"easy_vqa/{self._split}#{self._numbers[index]}"

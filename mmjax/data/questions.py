@@ -37,7 +37,8 @@ class Question(NamedTuple):
     float32, normalised; I may be 0. `picture`: the encoded bytes of the first image as the source
     has it, for sheets; None where there is none. `answer_ids` [U] int32 are the tokens of the first
     answer that training would supervise, its end included, and `choice_ids` those of each choice:
-    `ids` and they, one after the other, are what training has.
+    `ids` and they, one after the other, are what training has. The first `begin` of the tokens are
+    what every stream begins with; `visual` is how many visual tokens the images have.
     """
 
     id: str
@@ -51,6 +52,8 @@ class Question(NamedTuple):
     picture: bytes | None
     answer_ids: np.ndarray | None = None
     choice_ids: tuple[np.ndarray, ...] | None = None
+    begin: int = 0
+    visual: int = 0
 
 
 class Questions:
@@ -154,6 +157,7 @@ class Questions:
             choice_ids = tuple(
                 maker.learnt(maker.render(asked.conversation(choice))) for choice in asked.choices
             )
+        layout = maker.spec.conversation.layout
         return Question(
             id=f"{name}/{asked.key}" if asked.key else name,
             group=asked.group,
@@ -166,6 +170,8 @@ class Questions:
             picture=picture,
             answer_ids=maker.learnt(pieces),
             choice_ids=choice_ids,
+            begin=maker.begin,
+            visual=sample.pictures * (layout.tokens if layout is not None else 0),
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -210,7 +211,8 @@ class ConversationSpec:
 class DataSpec:
     """One stream: its sources (mappings with name and weight) and what is made of each record.
 
-    With `conversation` each source has a form, which makes a conversation of its records.
+    With `conversation` each source has a form, which makes a conversation of its records, and may
+    have a `loss_weight`: how much a token of it counts in the loss, 1 where nothing is said.
     """
 
     sources: tuple[dict[str, Any], ...]
@@ -219,8 +221,11 @@ class DataSpec:
     label: LabelSpec | None = None
     conversation: ConversationSpec | None = None
     forms: tuple[Form, ...] = ()
+    loss_weights: tuple[float, ...] = ()
 
     def __post_init__(self):
+        if not all(0 < weight < math.inf for weight in self.loss_weights):
+            raise ValueError(f"A source's loss_weight must be above 0: {self.loss_weights}.")
         if not self.sources:
             raise ValueError("data sources is empty: name at least one source.")
         others = [self.image, self.text, self.label]
@@ -270,7 +275,11 @@ def _parse_conversation(config: Mapping[str, Any], sources: Sequence[Any]) -> di
     return {
         "conversation": call_strictly("data conversation", ConversationSpec, conversation),
         "forms": tuple(make_form(source["form"]) for source in sources),
-        "sources": tuple({k: v for k, v in source.items() if k != "form"} for source in sources),
+        "loss_weights": tuple(float(source.get("loss_weight", 1.0)) for source in sources),
+        "sources": tuple(
+            {k: v for k, v in source.items() if k not in ("form", "loss_weight")}
+            for source in sources
+        ),
     }
 
 

@@ -110,6 +110,8 @@ class ConversationMaker:
         self._chat.check(self._template, self._said.template)
         self._pad = tokenizer.pad_id or 0
         self._pool = BufferPool()
+        # How many tokens a stream begins with.
+        self.begin = sum(len(self._chat.encode(piece)) for piece in self._template.beginning())
         # Of a row, as `Sample.size` has it.
         self.limits = (self._said.max_len, self._said.images, self._said.most_targets)
 
@@ -328,12 +330,13 @@ class ConversationMaker:
         for sample, pictures in samples:
             here = slice(at, at + len(sample.tokens))
             tokens = self._said.layout.tokens if self._said.layout is not None else 0
+            weight = self.spec.loss_weights[sample.record[0]]
             arrays["tokens"][row, here] = sample.tokens
             if sample.answer is None:
-                arrays["weights"][row, here] = sample.learnt
+                arrays["weights"][row, here] = weight * sample.learnt
             else:
                 arrays["decoder_tokens"][row, 1 : 1 + len(sample.answer)] = sample.answer
-                arrays["weights"][row, 1 : 1 + len(sample.answer)] = 1
+                arrays["weights"][row, 1 : 1 + len(sample.answer)] = weight
             arrays["place"][row, here] = _moved(sample.place, seen * tokens)
             arrays["segments"][row, here] = segment + sample.branch
             if self._said.parents:

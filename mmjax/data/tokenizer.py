@@ -127,15 +127,29 @@ class HFTokenizer:
       directory: what `save_pretrained` wrote.
       attend_padding: overrides what the directory says about the mask.
       lower_case: lower-case the text first, where the tokenizer does not (SigLIP 2 needs it).
+      special_tokens: such as "<|endofchunk|>"; those that it lacks are added, with the next ids.
     """
 
     def __init__(
-        self, directory: str, attend_padding: bool | None = None, lower_case: bool = False
+        self,
+        directory: str,
+        attend_padding: bool | None = None,
+        lower_case: bool = False,
+        special_tokens: Sequence[str] = (),
     ):
-        self._set(open_hf_tokenizer(directory), attend_padding, lower_case)
+        self._set(open_hf_tokenizer(directory), attend_padding, lower_case, special_tokens)
 
-    def _set(self, backend: Any, attend_padding: bool | None, lower_case: bool) -> None:
+    def _set(
+        self,
+        backend: Any,
+        attend_padding: bool | None,
+        lower_case: bool,
+        special_tokens: Sequence[str],
+    ) -> None:
         self._backend = backend
+        self._backend.add_tokens(
+            [tokenizers.AddedToken(token, special=True) for token in special_tokens]
+        )
         says_masked = "attention_mask" in self._backend.model_input_names
         self._masked = says_masked if attend_padding is None else not attend_padding
         self._lower_case = lower_case
@@ -188,16 +202,17 @@ class GGUFTokenizer(HFTokenizer):
 
     Args:
       path: the file; see `mmjax.paths.located`.
+      special_tokens: see `HFTokenizer`.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, special_tokens: Sequence[str] = ()):
         # Data knows nothing of models; this file of one is read where the formats of models are.
         from mmjax.convert.gguf_tokenizer import read_tokenizer
 
         backend = read_tokenizer(existing(located(path), "The GGUF file"))
         if backend.pad_token_id is None:
             backend.pad_token = backend.eos_token
-        self._set(backend, None, False)
+        self._set(backend, None, False, special_tokens)
 
 
 Tokenizer = TrainedTokenizer | HFTokenizer

@@ -17,6 +17,7 @@ from mmjax.evaluate.answer_sheet import Card, answer_sheet, spread
 from mmjax.evaluate.base import Evaluator
 from mmjax.evaluate.context import EvalContext
 from mmjax.evaluate.controls import CONTROLS, image_names
+from mmjax.evaluate.shots import CHOICES, few_shot
 from mmjax.evaluate.summary import BLIND, MACRO, MAJORITY, MODEL, Scoring, summarise, table
 from mmjax.generation import Generator
 from mmjax.generation.prompts import bucket
@@ -45,7 +46,12 @@ class QuestionEvaluator(Evaluator):
       data: a data config of questions; see `mmjax.data.open_questions`.
       limit: ask so many questions; None: all.
       batch_size: rows at a time; a multiple of the mesh's shards.
-      controls: of `CONTROLS`; without "blind" there is no gain.
+      controls: of `CONTROLS`; without "blind" there is no gain. They change the images of examples
+        too.
+      shots: how many examples, with their answers, stand before each question.
+      shots_from: a data config of the questions that examples are taken from.
+      shots_by: how they are chosen: of `CHOICES`, "random" or "rices".
+      shots_pool: take them from so many questions; None: all.
       answers: the name of a file of all answers, one JSON object a line; None: none. It is written
         to the work directory at each run, and so is the sheet.
       sheet: the file name of a picture of questions and answers; None: none.
@@ -63,6 +69,10 @@ class QuestionEvaluator(Evaluator):
     limit: int | None = None
     batch_size: int = 32
     controls: Sequence[str] = ("blind", "shuffled")
+    shots: int = 0
+    shots_from: Mapping[str, Any] | None = None
+    shots_by: str = "random"
+    shots_pool: int | None = None
     answers: str | None = None
     sheet: str | None = None
     sheet_rows: int = 12
@@ -74,6 +84,12 @@ class QuestionEvaluator(Evaluator):
     def __post_init__(self):
         for name in self.controls:
             CONTROLS[name]  # an unknown one is told before training
+        CHOICES[self.shots_by]
+        if self.shots < 0 or (self.shots > 0 and self.shots_from is None):
+            raise ValueError(
+                f"shots={self.shots}: say with `shots_from` which data the examples are of; "
+                "shots=0 takes none."
+            )
         shards = batch_shards(self.context.mesh)
         if self.batch_size < 1 or self.batch_size % shards:
             raise ValueError(
@@ -139,11 +155,18 @@ class QuestionEvaluator(Evaluator):
                 "rename them."
             )
         self.prepare(questions)
+        _, clusters = distinct(image_names(questions))
+        if self.shots:
+            support = self.context.open_questions(
+                self.shots_from, self.context.tokenizer, limit=self.shots_pool
+            )
+            questions = few_shot(
+                questions, list(support), self.shots, self.shots_by, self.context, params
+            )
         responses = self._responses(params, questions)
         counts = {name: self._counts(questions, said) for name, said in responses.items()}
         if jax.process_index() == 0:
             self._write(questions, responses, counts)
-        _, clusters = distinct(image_names(questions))
         return summarise(self.scoring, counts, groups, clusters)
 
     def describe(self, scores: Mapping[str, float]) -> str:

@@ -8,6 +8,7 @@ from mmjax.losses.contrastive import (
     softmax_contrastive,
 )
 from mmjax.losses.language_modelling import next_token_loss
+from mmjax.losses.words import word_loss
 
 __all__ = [
     "next_token_loss",
@@ -16,4 +17,5 @@ __all__ = [
     "sigmoid_contrastive",
     "softmax_contrastive",
     "softmax_cross_entropy",
+    "word_loss",
 ]

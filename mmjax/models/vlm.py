@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mmjax.connectors import ConnectorConfig, make_connector
+from mmjax.connectors import ConnectorConfig, Grid, make_connector
 from mmjax.models.checks import check_choice
 from mmjax.models.lm import LM, Cache, LMConfig
 from mmjax.models.t5 import T5, T5Cache, T5Config
@@ -220,9 +220,28 @@ class VLM(nnx.Module):
         text_mask: Bool[Array, "n l"] | None = None,
     ) -> Float[Array, "b m d"]:
         """The visual tokens of each row, those of its images one after the other."""
-        config = self.config
+        features, grid = self._clips(images)
+        given = {}
+        if text is not None:
+            if not self.connector.reads_text:
+                raise ValueError(
+                    f"The connector {self.config.connector.name!r} reads no text: leave `text` out."
+                )
+            given = {"text": text, "text_mask": text_mask}
+        tokens, _ = self.connector(features, None, grid, **given)
+        return tokens.reshape(images.shape[0], -1, tokens.shape[-1])
+
+    def name_images(self, images: Float[Array, "b i h w c"]) -> Float[Array, "b m v"]:
+        """The logarithm of the share that each entry of the vocabulary has in each visual token;
+        see `Connector.name`."""
+        features, grid = self._clips(images)
+        shares = self.connector.name(features, None, grid)
+        return shares.reshape(images.shape[0], -1, shares.shape[-1])
+
+    def _clips(self, images: Array) -> tuple[Float[Array, "n p d"], Grid]:
+        """What the connector reads of each clip, and the grid of an image's patches."""
+        frames = self.config.connector.frames
         batch, count, *size = images.shape
-        frames = config.connector.frames
         if count % frames:
             raise ValueError(
                 f"The connector reads clips of {frames} images, but rows have {count}: give each "
@@ -230,16 +249,7 @@ class VLM(nnx.Module):
             )
         features = self.features(images.reshape(batch * count, *size))
         features = features.reshape(batch * count // frames, -1, features.shape[-1])
-        grid = self.encoder.patch.grid(*size[:2])
-        given = {}
-        if text is not None:
-            if not self.connector.reads_text:
-                raise ValueError(
-                    f"The connector {config.connector.name!r} reads no text: leave `text` out."
-                )
-            given = {"text": text, "text_mask": text_mask}
-        tokens, _ = self.connector(features, None, grid, **given)
-        return tokens.reshape(batch, -1, tokens.shape[-1])
+        return features, self.encoder.patch.grid(*size[:2])
 
     def features(self, images: Float[Array, "n h w c"]) -> Float[Array, "n p d"]:
         """What the connector reads of each image."""

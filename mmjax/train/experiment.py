@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
@@ -361,7 +362,12 @@ def load_initial(experiment: Experiment, tokenizer: Tokenizer | None = None) -> 
         check_handover(experiment.config.model.to_dict(), source, names)
         check_tokens(tokenizer, source, names)
         arrays = _read_params(source, {there: targets[here] for here, there in names.items()})
-        loaded |= {here: arrays[there] for here, there in names.items() if there in arrays}
+        twice = set()
+        for here, there in names.items():
+            if there in arrays:
+                # Buffers are given away when training starts, each once.
+                loaded[here] = jnp.copy(arrays[there]) if there in twice else arrays[there]
+                twice.add(there)
         if any(map(lora.is_adapter, arrays)):
             check_adapters(experiment.config.lora.to_dict(), source)
     for row, taken in rows:

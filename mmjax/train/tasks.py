@@ -270,6 +270,45 @@ class VisionLanguage(Task):
         }
 
 
+@TASKS.register("words")
+class NameWords(VisionLanguage):
+    """A connector's tokens name the words of captions: `losses.word_loss`.
+
+    For connectors whose tokens are mixtures of the language model's own. It is not run, so that a
+    step costs what encoder and connector cost. Samples of one picture count, others do not: whose
+    words are theirs is not known.
+
+    Arguments: see `VisionLanguage`; `targets` has no meaning here.
+    """
+
+    def _problems(self, model: VLMConfig, spec: ConversationSpec) -> list[tuple[bool, str]]:
+        text = (
+            "config.task.name='words' is for connectors whose tokens are mixtures of words, but "
+            f"those of {model.connector.name!r} are not"
+        )
+        return [*super()._problems(model, spec), (not model.connector.names_words, text)]
+
+    def loss(self, model, batch, rng):
+        del rng
+        place, segments = batch["place"], batch["segments"]
+        shares = model.name_images(batch["images"])
+        rows, per_picture = shares.shape[0], model.config.image_tokens
+        # The mean of their distributions is that of a picture with several tokens.
+        shares = shares.reshape(rows, -1, per_picture, shares.shape[-1])
+        shares = jax.nn.logsumexp(shares, axis=2) - jnp.log(per_picture)
+        pictures = shares.shape[1]
+        shown = jnp.where(place >= 0, place // per_picture, -1)
+        same = (segments[:, :, None] == segments[:, None, :]) & (shown[:, None, :] >= 0)
+        first = jnp.min(jnp.where(same, shown[:, None, :], pictures), axis=2)
+        last = jnp.max(jnp.where(same, shown[:, None, :], -1), axis=2)
+        image = jnp.where(first == last, last, -1)
+        total, weight = losses.word_loss(shares, batch["tokens"], batch["weights"], image)
+        filled = jnp.sum(segments > 0, dtype=jnp.float32)
+        # A batch may have no such sample.
+        weight = jnp.maximum(weight, 1e-6)
+        return (total, weight), {"filled": (filled, float(segments.size))}
+
+
 @TASKS.register("seq2seq_vlm")
 class Seq2SeqVisionLanguage(VisionLanguage):
     """The same of an encoder-decoder, which reads image and prompt and is supervised in its answer.

@@ -1,6 +1,7 @@
 """A small config of every connector. One without an entry fails the tests that go over all."""
 
 from mmjax.connectors import (
+    AlignConfig,
     CAbstractorConfig,
     DAbstractorConfig,
     Idefics2Config,
@@ -17,6 +18,7 @@ from mmjax.connectors import (
 )
 
 CONFIGS = (
+    AlignConfig(vocab_size=16),
     CAbstractorConfig((2, 2), width=16, depth=1, positions=(4, 4)),
     DAbstractorConfig((2, 2), width=16, depth=2, heads=2, mlp_width=16, points=2, positions=(4, 4)),
     Idefics2Config(latents=4, depth=2, heads=4, kv_heads=2, head_dim=8, hidden=16, mlp_ratio=2),

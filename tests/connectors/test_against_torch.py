@@ -13,6 +13,7 @@ from flax import nnx
 from functional import jitted
 
 from mmjax.connectors import (
+    AlignConfig,
     CAbstractorConfig,
     DAbstractorConfig,
     Idefics2Config,
@@ -53,6 +54,35 @@ def as_grid(x, height, width):
 
 def as_rows(x):
     return x.flatten(2).transpose(1, 2)
+
+
+def test_align():
+    """softmax(LayerNorm(W2 LayerNorm(W1 f))) E, as the paper of AlignVLM has it."""
+    vocabulary = 40
+    reference = torch.nn.ModuleDict(
+        {
+            "w1": torch.nn.Linear(INPUTS, OUTPUTS),
+            "norm": torch.nn.LayerNorm(OUTPUTS),
+            "w2": torch.nn.Linear(OUTPUTS, vocabulary, bias=False),
+            "w2_norm": torch.nn.LayerNorm(vocabulary),
+            "words": torch.nn.Embedding(vocabulary, OUTPUTS),
+        }
+    )
+
+    def run(x):
+        hidden = reference["norm"](reference["w1"](x))
+        shares = torch.softmax(reference["w2_norm"](reference["w2"](hidden)), dim=-1)
+        return shares @ reference["words"].weight
+
+    table = {
+        "w1": "hidden",
+        "norm": "norm",
+        r"w2\.weight": "head/embedding",
+        "w2_norm": "head_norm",
+        r"words\.weight": "token/embedding",
+    }
+    features = draw(2, 6, INPUTS)
+    compare(AlignConfig(vocabulary), reference, table, run, features, (2, 3))
 
 
 @pytest.mark.parametrize(("grid", "target"), [((8, 6), (4, 3)), ((7, 5), (3, 4)), ((5, 5), (5, 5))])

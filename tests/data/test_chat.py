@@ -218,6 +218,7 @@ def test_images_in_place_and_first():
     assert parts("vicuna_v1")[1].endswith("USER: compare ")
     assert parts("vicuna_v1")[2:6] == [Picture(0), " and ", Picture(1), " ASSISTANT:"]
     assert parts("plain")[1:] == [Picture(0), Picture(1), "both are red", "eos"]
+    assert parts("caption")[1:] == [Picture(0), Picture(1), " both are red", "eos"]
     assert parts("paligemma") == [
         Picture(0), Picture(1), "bos", "compare  and\n", "both are red", "eos",
     ]  # fmt: skip
@@ -225,6 +226,28 @@ def test_images_in_place_and_first():
     text = [piece for piece in TEMPLATES["plain"].render(conversation) if piece.part not in (0, 1)]
     ids = np.concatenate([chat.encode(piece) for piece in text]).tolist()
     assert ids[0] == words.bos_id and ids.count(words.eos_id) == 1 == ids.count(words.bos_id)
+
+
+def test_chunks_of_a_document_end_before_the_next_image():
+    document = Conversation((Turn("assistant", ("a", 0, "b", 1, 2, "c d")),), (b"",) * 3)
+
+    def parts(template, conversation=document):
+        return [(p.part, p.learnt) for p in TEMPLATES[template].render(conversation)]
+
+    end = ("<|endofchunk|>", True)
+    assert parts("openflamingo") == [
+        ("begin", False), ("a", True), end,
+        (Picture(0), False), ("b", True), end,
+        (Picture(1), False), (Picture(2), False), ("c d", True), end,
+    ]  # fmt: skip
+    asked = Conversation((Turn("user", (0, "\nwhat? ")), Turn("assistant", ("a",))), (b"",))
+    assert parts("openflamingo", asked) == [
+        ("begin", False), (Picture(0), False), ("Question:what? Short answer:", False),
+        ("a", True), end,
+    ]  # fmt: skip
+    assert parts("interleaved")[1:5] == [
+        ("a", True), ("eos", True), (Picture(0), False), ("b", True),
+    ]  # fmt: skip
 
 
 def test_a_template_that_does_not_fit_the_tokenizer():

@@ -22,6 +22,32 @@ def say(text, speaker="human"):
     return {"from": speaker, "value": text}
 
 
+def matched(place, similarity, image=b"1"):
+    return {"image": image, "matched_text_index": place, "matched_sim": similarity}
+
+
+def test_documents_of_images_and_texts():
+    """OBELICS' and MMC4's forms; both are answers to nobody."""
+    record = {
+        "texts": ["a", None, "b", "c", None, None, "d", None],
+        "images": [None, b"1", None, None, b"2", b"3", None, b"4"],
+    }
+    document = make_form("interleaved")(record, "r", None)
+    # The last image has no text.
+    assert document.turns == (Turn("assistant", ("a", 0, "b\n\nc", 1, 2, "d")),)
+    assert document.images == (b"1", b"2", b"3")
+    first = make_form(dict(name="interleaved", images=1))(record, "r", None)
+    assert first.turns[0].parts == ("a", 0, "b\n\nc") and first.images == (b"1",)
+    record = {
+        "text_list": ["one.", "two.", "three."],
+        "image_info": [matched(2, 0.3, b"c"), matched(1, 0.24, b"b"), matched(0, 0.23, b"a")],
+    }
+    document = make_form("mmc4")(record, "r", None)
+    assert document.turns[0].parts == ("one.", 0, "two.", 1, "three.")
+    assert document.images == (b"b", b"c")
+    assert make_form(dict(name="mmc4", images=1))(record, "r", None).images == (b"b",)
+
+
 def test_llava_with_one_image_several_and_none():
     form = make_form("llava")
     record = {
@@ -103,6 +129,11 @@ def test_messages_of_both_kinds():
         ("vqa", {"image": b"1", "question": "", "answer": "a"}, "'question' holds no text"),
         ("questions", {"image": b"1", "questions": []}, "nothing to supervise"),
         ("text", {"text": None}, "'text' holds no text"),
+        ("interleaved", {"texts": ["a", None], "images": [None]}, "2 places, 'images' 1"),
+        ("interleaved", {"texts": ["a"], "images": [b"1"]}, "either a text or an image"),
+        ("interleaved", {"texts": [None], "images": [b"1"]}, "no text after its images"),
+        ("mmc4", {"text_list": ["a"], "image_info": [matched(1, 0.3)]}, "the text 1 of 1"),
+        ("mmc4", {"text_list": ["a"], "image_info": [matched(0, 0.2)]}, "similar enough"),
     ],
 )
 def test_what_is_wrong_with_a_record_is_said(form, record, error):

@@ -79,3 +79,19 @@ def test_errors_say_what_to_do(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"pip install -e \.\[demo\]"):
         open_source(dict(name="easy_vqa"))
+
+
+def test_captions_say_what_the_questions_tell(source):
+    for index in range(len(source)):
+        record = source[index]
+        caption = record["caption"].split()
+        assert 1 <= len(caption) <= 2
+        said = {row["answer"] for row in record["questions"] if row["group"] != "easy_yesno"}
+        assert said <= set(caption)
+        for row in record["questions"]:
+            words = set(row["question"].rstrip("?").split())
+            known = words & (ANSWERS["easy_color"] | ANSWERS["easy_shape"])
+            if row["group"] != "easy_yesno":
+                assert known <= set(caption)
+            elif "not" not in words and "no" not in words and row["answer"] == "yes":
+                assert known <= set(caption)

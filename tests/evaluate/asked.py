@@ -69,7 +69,8 @@ def looks(question):
 
 
 def make(name, context, questions, answer=looks, **fields):
-    """An evaluator whose model is `answer`, a function of a question."""
+    """An evaluator whose model is `answer`, a function of a question. A data config may bring
+    questions of its own."""
 
     class Faked(EVALUATORS[name]):
         def respond(self, params, questions):
@@ -80,6 +81,6 @@ def make(name, context, questions, answer=looks, **fields):
         tokenizer=None,
         workdir=context.workdir,
         compile=lambda function: None,
-        open_questions=lambda data, tokenizer, limit: iter(questions[:limit]),
+        open_questions=lambda data, tokenizer, limit: iter(data.get("given", questions)[:limit]),
     )
     return Faked(data={}, context=context, **fields)

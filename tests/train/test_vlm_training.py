@@ -444,6 +444,65 @@ def test_tuning_begins_where_alignment_ended(root, aligned, tmp_path, monkeypatc
     assert moved(tuned, ended) == {"encoder", "connector", "lm"}
 
 
+WORDS_OF = "connector/(head|token)/embedding"
+
+
+def naming(root, start):
+    """Alignment by the words of captions, with the words of the language model of a run."""
+    model = MODEL | dict(connector=dict(name="align", vocab_size=VOCAB))
+    trainable = ((WORDS_OF, False), *ALIGN)
+    init = ((WORDS_OF, str(start), "lm/token/embedding"), ("lm/.*", str(start), r"\g<0>"))
+    config = stage(
+        root,
+        model=model,
+        init=init,
+        rules=dict(trainable=trainable),
+        train=dict(steps=20, batch_size=4, log_every=1),
+    )
+    with config.unlocked():
+        config.task = dict(name="words")
+    return config
+
+
+def test_alignment_by_words(root, aligned, tmp_path):
+    config = naming(root, aligned)
+    loop.train(config, tmp_path / "run")
+    losses = [row["train/loss"] for row in launch.rows(tmp_path / "run")]
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+    ended, lm = launch.parameters(tmp_path / "run"), launch.parameters(aligned)["frozen"]
+    assert set(ended["trainable"]) == {
+        f"connector/{name}"
+        for name in ("hidden/kernel", "hidden/bias", "norm/scale", "norm/bias", "head_norm/scale",
+                     "head_norm/bias")
+    }  # fmt: skip
+    # Both tables are the language model's, which nothing has changed.
+    for path in ("connector/head/embedding", "connector/token/embedding", "lm/token/embedding"):
+        np.testing.assert_array_equal(ended["frozen"][path], lm["lm/token/embedding"])
+
+
+def test_whose_words_a_picture_names(root, aligned, tokenizer):
+    """Those of samples with this picture only; not of texts, nor where there are two."""
+    experiment = prepare(naming(root, aligned))
+    loader = open_train(experiment.config.data, tokenizer, batch_size=4, seed=0)
+    batch = next(loader).arrays
+    single = np.zeros(batch["segments"].shape, bool)
+    for row, (segments, place) in enumerate(zip(batch["segments"], batch["place"], strict=True)):
+        for segment in range(1, segments.max() + 1):
+            shown = place[(segments == segment) & (place >= 0)] // PATCHES
+            single[row, segments == segment] = len(set(shown)) == 1
+    learnt = batch["weights"] > 0
+    assert (learnt & single).any() and (learnt & ~single).any()
+    model = merge(experiment.graphdef, values(experiment))
+    loss = jax.jit(
+        lambda batch: experiment.task.loss(model, batch, None)[0], compiler_options=QUICK
+    )
+    expected = loss(batch)
+    others = loss(batch | dict(weights=np.where(single, batch["weights"], 0)))
+    np.testing.assert_array_equal(others, expected)
+    none = loss(batch | dict(weights=np.where(single, 0, batch["weights"])))
+    assert none[0] == 0 and expected[0] > 1
+
+
 def test_a_stage_from_the_wrong_checkpoint(root, aligned, tmp_path):
     other = copy.deepcopy(MODEL)
     other["connector"]["activation"] = "relu"
@@ -570,6 +629,11 @@ def test_all_that_does_not_fit_is_said_at_once():
     train = stream(dict(name="json", form="llava"), image_token=5, prefix=True)
     with pytest.raises(ConfigError, match=r"(?s)image_token=5.*prefix=True"):
         prepare(make_config(train))
+    config = make_config(stream(dict(name="json", form="llava")))
+    with config.unlocked():
+        config.task = dict(name="words")
+    with pytest.raises(ConfigError, match="mixtures of words, but those of 'mlp' are not"):
+        prepare(config)
     train = dict(sources=[dict(name="json")], image=dict(preset="siglip", size=16))
     with pytest.raises(ConfigError, match="learns from conversations about images"):
         prepare(make_config(train))
