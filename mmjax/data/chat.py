@@ -251,9 +251,7 @@ TEMPLATES.register("plain")(
 )
 TEMPLATES.register("caption")(
     # The same with a space before the caption, so that its words are those within a text.
-    Template(
-        begin=(FIRST,), user=((), ()), assistant=((), (EOS,)), answer=(" ", ""), silent=True
-    )
+    Template(begin=(FIRST,), user=((), ()), assistant=((), (EOS,)), answer=(" ", ""), silent=True)
 )
 
 TEMPLATES.register("qa")(

@@ -546,9 +546,7 @@ class MMC4:
         return _document(parts, self.images, " ")
 
 
-def _document(
-    parts: Sequence[tuple[str, Any]], limit: int | None, space: str
-) -> Conversation:
+def _document(parts: Sequence[tuple[str, Any]], limit: int | None, space: str) -> Conversation:
     """("text" or "image", it) in their order -> an answer to nobody."""
     said: list[str | int] = []
     images: list[Any] = []

@@ -1,5 +1,6 @@
-"""Few-shot prompts: examples with their answers before a question (Alayrac et al., "Flamingo", 2022).
+"""Few-shot prompts: examples with their answers before a question.
 
+Alayrac et al., "Flamingo: a Visual Language Model for Few-Shot Learning" (2022).
 The examples are questions of another data set, the support set, drawn at random or the most similar
 ones (RICES, retrieval-based in-context example selection; Yang et al., 2022). In the prompt each
 stands as training has it, with its images, its answer and what ends it.

@@ -91,6 +91,11 @@ class VLMConfig:
         return self.lm.vocab_size
 
     @property
+    def visual_width(self) -> int:
+        """Of visual tokens."""
+        return self.lm.width
+
+    @property
     def extra(self) -> int:
         """Features of an image beside those of its patches."""
         return self.encoder.prefix if self.class_token else 0

@@ -247,6 +247,29 @@ def test_every_record_once_in_an_epoch(root, tokenizer):
     assert names[:40] != names[40:80]
 
 
+def test_tokens_of_a_source_count_as_it_says(root, tokenizer):
+    """Packed with others; nothing but the weights changes."""
+    plain = stream([source(root, "about"), source(root, "text")])
+    plain["conversation"]["pack"] = True
+    weighed = dict(plain, sources=[source(root, "about"), source(root, "text", loss_weight=0.25)])
+    seen = set()
+    for one, other in zip(
+        taken(opened(plain, tokenizer), 5), taken(opened(weighed, tokenizer), 5), strict=True
+    ):
+        assert one.ids == other.ids
+        for row in range(4):
+            segments = one.arrays["segments"][row]
+            for segment in range(1, segments.max() + 1):
+                here = segments == segment
+                before, after = (x.arrays["weights"][row, here] for x in (one, other))
+                weight = 1 if (one.arrays["place"][row, here] >= 0).any() else 0.25
+                np.testing.assert_array_equal(after, weight * before)
+                seen.add(weight)
+    assert seen == {1, 0.25}
+    with pytest.raises(ValueError, match="loss_weight must be above 0"):
+        opened(stream([source(root, "text", loss_weight=0)]), tokenizer)
+
+
 @pytest.mark.parametrize("options", [{}, dict(pack=False, lengths=(40, 80, 160), max_len=160)])
 def test_resuming_anywhere_and_any_number_of_processes(root, tokenizer, options):
     train = mixture(root)

@@ -125,6 +125,16 @@ def test_hf_directory_agrees_with_transformers(tmp_path):
     assert tokenizer.eos_id == ids[2, -1] == reference.eos_token_id
 
 
+def test_special_tokens_that_it_lacks_are_added(tmp_path):
+    reference = clip_directory(tmp_path / "clip")
+    given = ("<|endofchunk|>", reference.eos_token)
+    tokenizer = HFTokenizer(str(tmp_path / "clip"), special_tokens=given)
+    assert tokenizer.vocab_size == len(reference) + 1
+    ids = tokenizer.backend.encode("red<|endofchunk|>dog", add_special_tokens=False).ids
+    assert ids.count(len(reference)) == 1
+    assert tokenizer.decode(ids) == "red dog"
+
+
 def test_a_model_without_mask_attends_to_its_padding(tmp_path):
     """SigLIP's tokenizer_config lists input_ids only: padding to the full length is attended to."""
     directory = tmp_path / "clip"

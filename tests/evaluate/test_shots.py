@@ -89,7 +89,7 @@ def test_an_evaluator_shows_them(context):
         patch.setattr(shots, "_embed", lambda questions, context, params: pixels(questions))
         similar = score(shots=2, shots_from=given, shots_by="rices")
     assert similar["accuracy"] == similar["blind/accuracy"] == 1
-    with pytest.raises(ValueError, match="2 examples were asked for, but .* has 1"):
+    with pytest.raises(ValueError, match=r"2 examples were asked for, but .* has 1"):
         score(shots=2, shots_from=only_red)
     with pytest.raises(ValueError, match="has 3"):
         score(shots=4, shots_from=given, shots_pool=3)

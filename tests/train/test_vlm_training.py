@@ -503,6 +503,31 @@ def test_whose_words_a_picture_names(root, aligned, tokenizer):
     assert none[0] == 0 and expected[0] > 1
 
 
+def test_flamingo_beside_a_frozen_language_model(root, tokenizer):
+    """Questions that share their image, and texts alone; what is frozen stays bit for bit."""
+    model = MODEL | dict(
+        name="flamingo",
+        connector=dict(name="perceiver", latents=2, depth=1, heads=2, head_dim=8),
+        gated=dict(heads=2, head_dim=16),
+        every=2,
+        after=1,
+    )
+    asked = source(root, "asked", dict(name="questions", turns=4, apart=True))
+    # A place in the text for each picture, whatever the resampler makes of it.
+    layout = LAYOUT | dict(tokens=1)
+    train = stream(
+        source(root, "talks"), asked, pack=True, parents=True, layout=layout, max_targets=TARGETS
+    )
+    trainable = (("(encoder|lm)/.*", False), (".*", True))
+    steps = Steps(tokenizer, train, model=model, rules=dict(trainable=trainable))
+    first, last, metrics = steps.run(3)
+    assert {path.split("/")[0] for path in last.frozen} == {"encoder", "lm"}
+    for path, value in last.frozen.items():
+        np.testing.assert_array_equal(value, first.frozen[path])
+    assert moved(last.trainable, first.trainable) == {"connector", "gated"}
+    assert 1 < metrics["loss"] < 10
+
+
 def test_a_stage_from_the_wrong_checkpoint(root, aligned, tmp_path):
     other = copy.deepcopy(MODEL)
     other["connector"]["activation"] = "relu"

@@ -1,0 +1,23 @@
+"""Studies: grids of runs that differ in what is studied and in nothing else."""
+
+from mmjax.study.grid import Arm, Study, StudyError, load_study, plan
+from mmjax.study.report import write_report
+from mmjax.study.results import choose_rates, read_rows, summarise, write_tables
+from mmjax.study.runner import Local, Run, run_study, slurm
+
+__all__ = [
+    "Arm",
+    "Local",
+    "Run",
+    "Study",
+    "StudyError",
+    "choose_rates",
+    "load_study",
+    "plan",
+    "read_rows",
+    "run_study",
+    "slurm",
+    "summarise",
+    "write_report",
+    "write_tables",
+]

@@ -1,0 +1,194 @@
+"""What a study compares: arms, made of a config file and the levels of some axes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mmjax import config as configs
+from mmjax.registry import nearest
+
+# What must not tell two arms apart: where they begin, and at which rate.
+_BESIDE = ("init", "seed")
+
+
+class StudyError(ValueError):
+    """A study that cannot be run; the message lists what to change."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A grid of arms, each trained at every rate of a search and then with several seeds.
+
+    Every arm has the same budget: as many runs, of as many steps as the config says. The rate is
+    chosen with the first seed, by a score of validation data; the seeds decide the order of the
+    data, which is the same for all arms.
+
+    Attributes:
+      config: a config file; `axes` and `arguments` are its arguments, or, where a name has a dot,
+        keys of the config.
+      axes: {axis: levels}. Levels are values of the argument or key that the axis is called; or a
+        mapping {level: {argument or key: value}}.
+      metric: the score by which rates are chosen, as metrics.jsonl has it ("eval/validation/
+        accuracy"); higher is better.
+      rates: values of the argument `rate`.
+      seeds: runs of each arm at its rate.
+      stages: values of the argument `stage`, one after the other; the argument `start` of each is
+        the work directory of the one before. Empty: a run has no stages.
+      arguments: the same for all arms.
+      skip: combinations of levels, perhaps of some axes only, that are left out.
+      slurm: parameters of the jobs on a cluster, as submitit has them.
+    """
+
+    config: str
+    axes: Mapping[str, Sequence[Any] | Mapping[str, Mapping[str, Any]]]
+    metric: str
+    rates: Sequence[float]
+    seeds: int = 3
+    stages: Sequence[str] = ()
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    rate: str = "lr"
+    skip: Sequence[Mapping[str, Any]] = ()
+    slurm: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if not self.axes or not all(len(levels) for levels in self.axes.values()):
+            raise StudyError("A study needs axes, and each axis a level: set `axes`.")
+        if not self.rates or len(set(self.rates)) < len(self.rates):
+            raise StudyError(f"rates={tuple(self.rates)}: give one or more, each once.")
+        if self.seeds < 1:
+            raise StudyError(f"seeds={self.seeds} runs nothing: give 1 or more.")
+        for combination in self.skip:
+            for axis in combination:
+                if axis not in self.axes:
+                    raise StudyError(f"skip names no axis: {axis!r}; {nearest(axis, self.axes)}")
+
+    def to_json(self) -> str:
+        """All of it, to be compared with the one of a directory."""
+        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True, default=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One combination of levels.
+
+    Attributes:
+      levels: {axis: the name of its level}.
+      settings: {argument, or key with a dot: value}.
+    """
+
+    levels: Mapping[str, str]
+    settings: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return ",".join(f"{axis}={level}" for axis, level in self.levels.items())
+
+
+def load_study(spec: str) -> Study:
+    """`get_study(arg)` of a file: "configs/ablate/connectors.py", or with ":argument".
+
+    Raises:
+      ConfigError, StudyError: if the file or what it returns cannot be used.
+    """
+    study = configs.call(spec, "get_study")
+    if not isinstance(study, Study):
+        raise StudyError(f"get_study of {spec!r} returns no mmjax.study.Study.")
+    return study
+
+
+def arms_of(study: Study) -> list[Arm]:
+    """The grid, without what is skipped."""
+    axes = {
+        axis: {str(k): v for k, v in levels.items()}
+        if isinstance(levels, Mapping)
+        else {str(level): {axis: level} for level in levels}
+        for axis, levels in study.axes.items()
+    }
+    arms = []
+    for names in itertools.product(*axes.values()):
+        levels = dict(zip(axes, names, strict=True))
+        if any(all(levels[k] == str(v) for k, v in some.items()) for some in study.skip):
+            continue
+        settings: dict[str, Any] = {}
+        for axis, name in levels.items():
+            settings |= axes[axis][name]
+        arms.append(Arm(levels, settings))
+    return arms
+
+
+def command(
+    study: Study, arm: Arm, *, rate: float, seed: int, stage: str | None, start: Path | None
+) -> list[str]:
+    """The arguments of `experiments.train` for a run, but for its work directory."""
+    settings = {**study.arguments, **arm.settings}
+    arguments = {k: v for k, v in settings.items() if "." not in k} | {study.rate: rate}
+    keys = {k: v for k, v in settings.items() if "." in k} | {"seed": seed}
+    if stage is not None:
+        arguments["stage"] = stage
+    if start is not None:
+        arguments["start"] = start
+    for key, value in arguments.items():
+        if "," in str(value):
+            raise StudyError(
+                f"The argument {key}={value} of arm {arm.name!r} has a comma, which separates "
+                "arguments: set a key of the config instead, by a name with a dot."
+            )
+    text = ",".join(f"{key}={value}" for key, value in arguments.items())
+    return [
+        "--config",
+        f"{study.config}:{text}",
+        *(f"--config.{key}={value}" for key, value in keys.items()),
+    ]
+
+
+def config_of(arguments: Sequence[str]) -> ConfigDict:
+    """What `experiments.train` makes of them."""
+    return configs.load(arguments[1], [item.removeprefix("--config.") for item in arguments[2:]])
+
+
+def plan(study: Study) -> list[Arm]:
+    """The arms, each of whose configs can be made: what a connector cannot meet is said now.
+
+    Raises:
+      StudyError: listing every arm whose config is refused, and arms that are equal.
+    """
+    from mmjax.train.handover import model_dataclass
+
+    arms = arms_of(study)
+    problems: list[str] = []
+    seen: dict[str, str] = {}
+    stages = study.stages or (None,)
+    for arm in arms:
+        texts = []
+        try:
+            for stage, before in zip(stages, (None, *stages), strict=False):
+                start = None if before is None else Path(before)
+                config = config_of(
+                    command(study, arm, rate=study.rates[0], seed=0, stage=stage, start=start)
+                )
+                model_dataclass(config.model.to_dict())
+                texts.append(
+                    configs.to_json(
+                        ConfigDict({k: v for k, v in config.items() if k not in _BESIDE})
+                    )
+                )
+        except (ValueError, OSError) as error:
+            problems.append(f"  {arm.name}: {error}")
+            continue
+        other = seen.setdefault("\n".join(texts), arm.name)
+        if other != arm.name:
+            problems.append(f"  {arm.name}: its config is that of {other}")
+    if problems:
+        raise StudyError(
+            f"{len(problems)} of {len(arms)} arms cannot be studied:\n"
+            + "\n".join(problems)
+            + "\nChange the axes, or leave combinations out with `skip`. Nothing has been run."
+        )
+    return arms

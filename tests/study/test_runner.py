@@ -1,0 +1,183 @@
+"""Running studies: rates, seeds, failures, interruptions. The runs are imitated, but in the last
+tests."""
+
+import concurrent.futures
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from mmjax.study import Local, Study, StudyError, load_study, run_study, runner
+
+ROOT = Path(__file__).resolve().parents[2]
+STUDY = Study(
+    config="tests/experiments/digits_config.py",
+    axes={"batch": (16, 32, 64)},
+    metric="eval/test/top1",
+    rates=(1e-3, 1e-2),
+    seeds=3,
+)
+
+
+class Imitation:
+    """Instead of processes: a score for each arm, rate and seed, in the order they are run."""
+
+    def __init__(self, broken=(), stop_after=None):
+        self.broken, self.stop_after = broken, stop_after
+        self.called = []
+
+    def call(self, arguments, log, env):
+        text = arguments[arguments.index("--config") + 1]
+        batch, rate = re.search(r"batch=(\d+),lr=([\d.e-]+)", text).groups()
+        seed = re.search(r"--config.seed=(\d+)", " ".join(arguments))[1]
+        name = (int(batch), float(rate), int(seed))
+        if self.stop_after == len(self.called):
+            raise KeyboardInterrupt
+        self.called.append(name)
+        if name in self.broken or name[:1] in self.broken:
+            log.write_text("step 1\nTraceback (most recent call last):\nerror: it cannot be\n")
+            return 1
+        workdir = Path(arguments[arguments.index("--workdir") + 1])
+        workdir.mkdir(parents=True, exist_ok=True)
+        # The larger batch likes the larger rate.
+        score = 0.5 + 0.1 * (float(rate) > 5e-3) * (1 if int(batch) > 16 else -1) + 0.01 * int(seed)
+        rows = [{"step": 1, "train/loss": 1.0}, {"step": 2, "eval/test/top1": score}]
+        (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return 0
+
+    def stop(self):
+        pass
+
+
+def run(directory, monkeypatch, study=STUDY, **options):
+    imitation = Imitation(**options)
+    monkeypatch.setattr(runner, "_CHILDREN", imitation)
+    said = []
+    try:
+        failures = run_study(study, directory, Local(()), said.append)
+    except KeyboardInterrupt:
+        failures = None
+    return failures, imitation.called, said
+
+
+def tables(directory):
+    return pd.read_csv(directory / "rows.csv"), pd.read_csv(directory / "summary.csv")
+
+
+def test_rates_then_seeds(tmp_path, monkeypatch):
+    failures, called, _ = run(tmp_path, monkeypatch)
+    assert failures == {}
+    search = [(b, r, 0) for b in (16, 32, 64) for r in (1e-3, 1e-2)]
+    best = {16: 1e-3, 32: 1e-2, 64: 1e-2}
+    assert called == search + [(b, best[b], s) for b in (16, 32, 64) for s in (1, 2)]
+    rows, summary = tables(tmp_path)
+    assert len(rows) == 12
+    stored = pd.read_parquet(tmp_path / "rows.parquet")
+    pd.testing.assert_frame_equal(stored.astype({"batch": int}), rows, check_dtype=False)
+    assert summary.rate.tolist() == [1e-3, 1e-2, 1e-2] and (summary.seeds == 3).all()
+    assert summary["eval/test/top1/mean"].tolist() == pytest.approx([0.51, 0.61, 0.61])
+    assert summary["eval/test/top1/std"].tolist() == pytest.approx([0.01] * 3)
+    report = (tmp_path / "report.md").read_text()
+    assert "| batch=32 | 0.01 | 3 | 0.61 ± 0.01 |" in report
+    # Again there is nothing to do.
+    assert run(tmp_path, monkeypatch)[:2] == ({}, [])
+
+
+def test_an_interrupted_study_ends_with_the_same_tables(tmp_path, monkeypatch):
+    run(tmp_path / "whole", monkeypatch)
+    for stop in range(0, 12, 3):
+        assert run(tmp_path / "parts", monkeypatch, stop_after=min(stop, 3))[0] is None or stop
+    run(tmp_path / "parts", monkeypatch)
+    for name in ("rows.csv", "summary.csv", "report.md"):
+        assert (tmp_path / "parts" / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
+def test_what_fails_does_not_stop_the_rest(tmp_path, monkeypatch):
+    """One arm at every rate, another at its better one."""
+    failures, called, _ = run(tmp_path, monkeypatch, broken=((16,), (32, 1e-2, 0)))
+    assert set(failures) == {
+        "batch=16/lr=0.001/seed=0", "batch=16/lr=0.01/seed=0", "batch=32/lr=0.01/seed=0",
+    }  # fmt: skip
+    assert all(
+        "exit code 1" in text and "error: it cannot be" in text for text in failures.values()
+    )
+    assert (32, 1e-3, 2) in called and (64, 1e-2, 2) in called
+    _, summary = tables(tmp_path)
+    assert summary.arm.tolist() == ["batch=32", "batch=64"]
+    report = (tmp_path / "report.md").read_text()
+    assert "3 failed" in report and "error: it cannot be" in report
+    # What failed is tried again.
+    failures, called, _ = run(tmp_path, monkeypatch)
+    assert failures == {} and called[:3] == [(16, 1e-3, 0), (16, 1e-2, 0), (32, 1e-2, 0)]
+    assert tables(tmp_path)[1].arm.tolist() == ["batch=16", "batch=32", "batch=64"]
+
+
+def test_a_directory_of_another_study(tmp_path, monkeypatch):
+    run(tmp_path / "a", monkeypatch)
+    other = Study(**{**vars(STUDY), "rates": (1e-3,)})
+    with pytest.raises(StudyError, match=r"rates: \[0.001, 0.01\] there, \[0.001\] here"):
+        run(tmp_path / "a", monkeypatch, study=other)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "notes.txt").write_text("mine")
+    with pytest.raises(StudyError, match="holds no study"):
+        run(tmp_path / "b", monkeypatch)
+    unknown = Study(**{**vars(STUDY), "metric": "eval/test/top2"})
+    with pytest.raises(StudyError, match="did you mean 'eval/test/top1'"):
+        run(tmp_path / "c", monkeypatch, study=unknown)
+
+
+def test_jobs_that_submitit_starts(tmp_path, monkeypatch):
+    """Its own way to run jobs here, which pickles them as for a cluster."""
+    submitit = pytest.importorskip("submitit")
+    monkeypatch.setattr(runner, "_CHILDREN", Imitation())
+    executor = runner.slurm(STUDY, tmp_path, cluster="debug")
+    assert isinstance(executor, submitit.AutoExecutor)
+    assert run_study(STUDY, tmp_path, executor, lambda text: None) == {}
+    assert len(tables(tmp_path)[0]) == 12
+
+
+def test_one_process_a_device():
+    local = Local((3, 5))
+    seen = [local.submit(lambda device: device) for _ in range(8)]
+    assert {job.result() for job in concurrent.futures.as_completed(seen)} <= {3, 5}
+    assert Local(()).submit(lambda device: device).result() is None
+
+
+def ablate(workdir, arg):
+    return [
+        sys.executable, "-m", "experiments.ablate",
+        "--study", f"tests/study/digits_study.py:{arg}", "--workdir", str(workdir),
+    ]  # fmt: skip
+
+
+def test_a_real_study_with_an_arm_that_fails(tmp_path):
+    done = subprocess.run(
+        ablate(tmp_path / "study", "broken"), cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "width=broken" in done.stdout and "nowhere" in done.stdout
+    rows, summary = tables(tmp_path / "study")
+    assert set(summary.arm) == {"width=narrow", "width=wide"}
+    assert rows["eval/test/top1"].between(0, 1).all()
+
+
+@pytest.mark.slow
+def test_a_real_study_that_is_killed(tmp_path):
+    load_study("tests/study/digits_study.py:seeds=2,rates=2")
+    subprocess.run(ablate(tmp_path / "whole", "seeds=2,rates=2"), cwd=ROOT, check=True)
+    process = subprocess.Popen(ablate(tmp_path / "parts", "seeds=2,rates=2"), cwd=ROOT)
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(25)
+        process.send_signal(number)
+        process.wait(120)
+        process = subprocess.Popen(ablate(tmp_path / "parts", "seeds=2,rates=2"), cwd=ROOT)
+    assert process.wait(300) == 0
+    whole, parts = (tables(tmp_path / name)[0] for name in ("whole", "parts"))
+    columns = [name for name in whole if not name.startswith("perf/")]
+    pd.testing.assert_frame_equal(whole[columns], parts[columns])
