@@ -144,7 +144,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     def easy(split: str, **form) -> dict:
         return dict(name="easy_vqa", split=split, form=dict(name="questions") | form)
 
-    tiles = dict(name="tfds", dataset="scene_tiles/small", split="seen+heldout", form="caption")
+    tiles = dict(
+        name="tfds", dataset="scene_tiles/small", split="seen+heldout+blank", form="caption"
+    )
     if aligning:
         captions = easy("train", name="caption", text_field="caption")
         train = [tiles | dict(weight=10.0), captions | dict(weight=2.0)]

@@ -13,6 +13,7 @@ from mmjax.connectors.base import (
 )
 from mmjax.connectors.c_abstractor import CAbstractor, CAbstractorConfig
 from mmjax.connectors.d_abstractor import DAbstractor, DAbstractorConfig
+from mmjax.connectors.frames import Frames, FramesConfig
 from mmjax.connectors.idefics2 import Idefics2Config, Idefics2Connector
 from mmjax.connectors.identity import IdentityConfig, IdentityConnector
 from mmjax.connectors.ldp import LDP, LDPConfig, LDPv2, LDPv2Config
@@ -37,6 +38,8 @@ __all__ = [
     "Cost",
     "DAbstractor",
     "DAbstractorConfig",
+    "Frames",
+    "FramesConfig",
     "Grid",
     "Idefics2Config",
     "Idefics2Connector",

@@ -113,6 +113,7 @@ class AnyRes:
       ValueError: if the tokens are no square, or the tiles do not fit the pinpoints.
     """
 
+    frames = 1
     newlines = True
 
     def __init__(self, preset: str, size: int, tokens: int, pinpoints: Sequence[Sequence[int]]):

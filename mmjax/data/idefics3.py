@@ -108,6 +108,7 @@ class Idefics3:
       ValueError: if `longest` is out of range.
     """
 
+    frames = 1
     newlines = False
 
     def __init__(self, preset: str, size: int, tokens: int, longest: int, split: bool = True):

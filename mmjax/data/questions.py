@@ -19,6 +19,7 @@ from mmjax.data.sources import open_source
 from mmjax.data.spec import LoadingSpec, parse
 from mmjax.data.stream import ConversationMaker, Drawn
 from mmjax.data.tokenizer import Tokenizer
+from mmjax.data.visual import visual_tokens
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +158,6 @@ class Questions:
             choice_ids = tuple(
                 maker.learnt(maker.render(asked.conversation(choice))) for choice in asked.choices
             )
-        layout = maker.spec.conversation.layout
         return Question(
             id=f"{name}/{asked.key}" if asked.key else name,
             group=asked.group,
@@ -171,7 +171,7 @@ class Questions:
             answer_ids=maker.learnt(pieces),
             choice_ids=choice_ids,
             begin=maker.begin,
-            visual=sample.pictures * (layout.tokens if layout is not None else 0),
+            visual=visual_tokens(maker.spec.conversation.layout, sample.pictures),
         )
 
 

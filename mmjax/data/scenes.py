@@ -29,11 +29,11 @@ Data set "scenes" (splits train, validation, test; heldout: icons and distractor
   exactly so), which makes guessing without a look as weak as it can be. But questions tell of each
   other's answers: what was asked to be counted is there, a wrong option is not.
 
-Data set "scene_tiles" (splits seen, heldout and test)
+Data set "scene_tiles" (splits seen, heldout, blank and test)
   Single cells, drawn as in the scenes, with their captions (text, aliases): for training an image
   encoder, on concepts seen in scenes and on held-out ones; and some bare cards of any size, as the
-  shapes of easy-VQA are. test has one tile of each concept (of both kinds) and word, with the bare
-  name as text.
+  shapes of easy-VQA are. blank has cells with nothing on them, called "empty". test has one tile of
+  each concept (of both kinds) and word, with the bare name as text.
 """
 
 from __future__ import annotations
@@ -75,6 +75,8 @@ WORDS = (
 )  # fmt: skip
 OPTIONS = 4  # of a multiple choice
 SIZES = {"train": 6000, "validation": 300, "test": 400, "heldout": 400}
+BLANK = "empty"  # the caption of a cell with nothing on it
+_BLANK_TILES = 0.08  # their number, of that of the others
 _SIGN_TILES = 0.2  # share of the tiles that are signs: a word as often as a concept of "small"
 _CARD_TILES = 0.12  # share of the tiles that are cards of any size with nothing on them
 _SIGN_SHARE = 0.62  # of the scenes with room for one, which are 4 of 5
@@ -477,6 +479,14 @@ def generate_tiles(
         yield {"image": _tile(thing, glyph, rng), "text": describe(thing), "aliases": aliases}
 
 
+def generate_blank_tiles(count: int, seed: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Cells with nothing on them; fields as in `generate_tiles`."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        row, column = (int(start) for start in rng.integers(3, size=2))
+        yield {"image": _ground(rng, (row, column)), "text": BLANK, "aliases": [BLANK]}
+
+
 def generate_test_tiles(pictures: Sequence[Picture], seed: Sequence[int]) -> Iterator[dict]:
     """One cell of every concept, then of every word; fields as in `generate_tiles`."""
     rng = np.random.default_rng(seed)
@@ -566,8 +576,8 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
 class SceneTiles(tfds.core.GeneratorBasedBuilder):
     """Single cells of such boards with captions; see the module's docstring."""
 
-    VERSION = Scenes.VERSION
-    RELEASE_NOTES: ClassVar = Scenes.RELEASE_NOTES
+    VERSION = tfds.core.Version("1.5.0")
+    RELEASE_NOTES: ClassVar = {"1.5.0": Scenes.RELEASE_NOTES["1.4.0"]}
     BUILDER_CONFIGS: ClassVar = Scenes.BUILDER_CONFIGS
     code_path = None
 
@@ -595,9 +605,11 @@ class SceneTiles(tfds.core.GeneratorBasedBuilder):
             count = VARIANTS[variant].tiles * len(pictures)
             return self._generate_examples(generate_tiles(pictures, count, _seed(seed)))
 
+        blank = round(_BLANK_TILES * VARIANTS[variant].tiles * len([*seen, *held]))
         return {
             "seen": tiles(seen, "tiles_seen"),
             "heldout": tiles(held, "tiles_heldout"),
+            "blank": self._generate_examples(generate_blank_tiles(blank, _seed("tiles_blank"))),
             "test": self._generate_examples(
                 generate_test_tiles([*seen, *held], _seed("tiles_test"))
             ),

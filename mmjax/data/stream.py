@@ -37,7 +37,7 @@ from mmjax.data.records import BadRecordError
 from mmjax.data.sources import Source
 from mmjax.data.spec import DataSpec, conversation_fields
 from mmjax.data.tokenizer import Tokenizer
-from mmjax.data.visual import TEXT, Plan
+from mmjax.data.visual import TEXT, Plan, visual_tokens
 
 # Windows that are remembered; those that are needed again are made again.
 _REMEMBERED = 16
@@ -251,7 +251,8 @@ class ConversationMaker:
                     ids = self._chat.markers(some)
                 else:
                     ids = np.full(len(some), self._said.image_token, np.int32)
-                    visual.append((length, _moved(some, pictures * self._said.layout.tokens)))
+                    before = visual_tokens(self._said.layout, pictures)
+                    visual.append((length, _moved(some, before)))
                 parts.append((ids, False))
                 length += len(ids)
             pictures += plan.pictures
@@ -329,7 +330,6 @@ class ConversationMaker:
         segment = 1
         for sample, pictures in samples:
             here = slice(at, at + len(sample.tokens))
-            tokens = self._said.layout.tokens if self._said.layout is not None else 0
             weight = self.spec.loss_weights[sample.record[0]]
             arrays["tokens"][row, here] = sample.tokens
             if sample.answer is None:
@@ -337,7 +337,9 @@ class ConversationMaker:
             else:
                 arrays["decoder_tokens"][row, 1 : 1 + len(sample.answer)] = sample.answer
                 arrays["weights"][row, 1 : 1 + len(sample.answer)] = weight
-            arrays["place"][row, here] = _moved(sample.place, seen * tokens)
+            arrays["place"][row, here] = _moved(
+                sample.place, visual_tokens(self._said.layout, seen)
+            )
             arrays["segments"][row, here] = segment + sample.branch
             if self._said.parents:
                 arrays["parents"][row, here] = np.where(sample.branch > 0, segment, 0)

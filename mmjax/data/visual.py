@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
-from mmjax.data.image import PRESETS, fit, flatten, normalize_into
+from mmjax.data.image import PRESETS, Preset, fit, flatten, normalize_into
 from mmjax.registry import Registry
 
 # What a place says of a position that is no visual token's; as in `mmjax.models.vlm`.
@@ -43,11 +43,13 @@ class Layout(Protocol):
 
     Attributes:
       size: side of a picture in pixels.
-      tokens: visual tokens of a picture: `VLMConfig.image_tokens`.
+      frames: pictures that the connector reads together; 1 for most.
+      tokens: places for such a clip, or picture, in the text: `VLMConfig.image_tokens`.
       newlines: whether `NEWLINE` is among the places: for `VLMConfig.newline`.
     """
 
     size: int
+    frames: int
     tokens: int
     newlines: bool
 
@@ -56,6 +58,11 @@ class Layout(Protocol):
 
     def pictures(self, image: Image.Image) -> np.ndarray:
         """[pictures, H, W, 3] float32, normalised, of a decoded, upright image."""
+
+
+def visual_tokens(layout: Layout | None, pictures: int) -> int:
+    """Places of so many pictures; none without a layout."""
+    return 0 if layout is None else pictures // layout.frames * layout.tokens
 
 
 LAYOUTS: Registry[type[Layout]] = Registry("image layout")
@@ -71,6 +78,7 @@ class Whole:
       tokens: visual tokens of a picture: `VLMConfig.image_tokens`.
     """
 
+    frames = 1
     newlines = False
 
     def __init__(self, preset: str, size: int, tokens: int):
@@ -102,6 +110,7 @@ class Tiles:
         image of one tile has none.
     """
 
+    frames = 1
     newlines = False
 
     def __init__(
@@ -148,15 +157,49 @@ class Tiles:
     def pictures(self, image: Image.Image) -> np.ndarray:
         size, preset = self.size, self._preset
         rows, columns = self._board(*image.size)
-        count = self.plan(*image.size).pictures
-        out = np.empty((count, size, size, 3), np.float32)
-        board = flatten(image)
-        if board.size != (columns * size, rows * size):
-            board = board.resize((columns * size, rows * size), preset.resample)
-        for index in range(rows * columns):
-            left, top = index % columns * size, index // columns * size
-            tile = board.crop((left, top, left + size, top + size))
-            normalize_into(tile, preset, out[index])
-        if count > rows * columns:
-            normalize_into(fit(image, preset, size), preset, out[-1])
-        return out
+        tiles = cut(image, preset, size, rows, columns)
+        if self.plan(*image.size).pictures == len(tiles):
+            return tiles
+        whole = np.empty((1, size, size, 3), np.float32)
+        normalize_into(fit(image, preset, size), preset, whole[0])
+        return np.concatenate([tiles, whole])
+
+
+@LAYOUTS.register("board")
+class Board:
+    """The image is cut into as many tiles always, which the connector reads together (`frames`).
+
+    Args:
+      preset, size: of a tile; see `Whole`.
+      tokens: of all of them: `VLMConfig.image_tokens`.
+      rows, columns: of tiles.
+    """
+
+    newlines = False
+
+    def __init__(self, preset: str, size: int, tokens: int, rows: int, columns: int):
+        if rows < 1 or columns < 1:
+            raise ValueError(f"A board of {rows} x {columns} tiles has none: give 1 or more.")
+        self._preset, self.size, self.tokens = PRESETS[preset], size, tokens
+        self._rows, self._columns, self.frames = rows, columns, rows * columns
+        self._plan = Plan(self.frames, (np.arange(tokens, dtype=np.int32),))
+
+    def plan(self, width: int, height: int) -> Plan:
+        return self._plan
+
+    def pictures(self, image: Image.Image) -> np.ndarray:
+        return cut(image, self._preset, self.size, self._rows, self._columns)
+
+
+def cut(image: Image.Image, preset: Preset, size: int, rows: int, columns: int) -> np.ndarray:
+    """[rows * columns, size, size, 3] float32, normalised: tiles of the resized image, row by
+    row."""
+    out = np.empty((rows * columns, size, size, 3), np.float32)
+    board = flatten(image)
+    if board.size != (columns * size, rows * size):
+        board = board.resize((columns * size, rows * size), preset.resample)
+    for index in range(rows * columns):
+        left, top = index % columns * size, index // columns * size
+        tile = board.crop((left, top, left + size, top + size))
+        normalize_into(tile, preset, out[index])
+    return out

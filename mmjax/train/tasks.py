@@ -234,6 +234,11 @@ class VisionLanguage(Task):
                 f"{where}.prefix={spec.prefix}, but config.model.attention={model.attention!r}",
             ),
             (
+                spec.layout.frames != model.connector.frames,
+                f"{where}.layout makes pictures that are read {spec.layout.frames} at a time, but "
+                f"the connector reads {model.connector.frames}",
+            ),
+            (
                 spec.images % model.connector.frames != 0,
                 f"{where}.images={spec.images} is no multiple of the {model.connector.frames} "
                 "frames that the connector reads together",

@@ -16,12 +16,14 @@ from mmjax.connectors import (
     ConnectorConfig,
     ConnectorError,
     DAbstractorConfig,
+    FramesConfig,
     IdentityConfig,
     LDPConfig,
     LDPv2Config,
     LinearConfig,
     MLPConfig,
     PerceiverConfig,
+    PixelShuffleConfig,
     PoolingConfig,
     TokenPackerConfig,
     cost,
@@ -90,6 +92,28 @@ def test_what_does_not_count_does_not_matter(name):
     assert valid[0].any() and valid[1].all() and np.asarray(all_valid).all()
     np.testing.assert_array_equal(np.asarray(tokens)[valid], np.asarray(others)[valid])
     np.testing.assert_allclose(tokens[1], unmasked[1], atol=1e-6)
+
+
+def test_frames_are_read_one_by_one():
+    """Each as the inner connector reads it alone, and a vector of its place."""
+    config, grid = FramesConfig(3, PixelShuffleConfig(2)), (2, 4)
+    connector = make_connector(config, WIDTH, WIDTH, rngs=nnx.Rngs(0))
+    features = np.random.default_rng(0).normal(size=(2, 3 * 8, WIDTH)).astype(np.float32)
+    mask = np.ones((2, 24), bool)
+    mask[1, 8:12] = mask[1, 16:] = False
+    features, mask = jnp.asarray(features), jnp.asarray(mask)
+    tokens, valid = connector(features, mask, grid)
+    for frame in range(3):
+        own = slice(8 * frame, 8 * frame + 8)
+        alone, counts = connector.each(features[:, own], mask[:, own], grid)
+        here = slice(2 * frame, 2 * frame + 2)
+        expected = alone + connector.position[frame]
+        np.testing.assert_allclose(tokens[:, here], expected, atol=1e-6)
+        np.testing.assert_array_equal(valid[:, here], counts)
+    with pytest.raises(ConnectorError, match="reads 2 frames itself"):
+        FramesConfig(3, SMALL["perceiver"])
+    with pytest.raises(ConnectorError, match="23 features are not those of 3 frames"):
+        connector(features[:, 1:], None, grid)
 
 
 def test_cost_of_matrix_products():

@@ -228,6 +228,31 @@ def test_markers_and_newlines_among_visual_tokens(root, tokenizer, tmp_path):
     assert place == [0, 1, 2, -2] and tokens == [PLACEHOLDER] * 4
 
 
+def test_clips_count_as_one(root, tokenizer):
+    """Pictures that are read together have places together; those of the next image follow."""
+    record = {
+        "image": ["0.png", "1.png"],
+        "conversations": [
+            {"from": "human", "value": "<image> and <image>"},
+            {"from": "gpt", "value": "three"},
+        ],
+    }
+    write(root / "clips.json", [record])
+    layout = LAYOUT | dict(name="board", tokens=3)
+    config = stream([source(root, "clips")], layout=layout)
+    (row,) = alone(config, tokenizer).values()
+    assert row["place"][row["place"] >= 0].tolist() == [0, 1, 2, 3, 4, 5]
+    made = {k: v for k, v in layout.items() if k != "name"}
+    pictures = [
+        LAYOUTS["board"](**made).pictures(decode((root / f"{i}.png").read_bytes())) for i in (0, 1)
+    ]
+    np.testing.assert_array_equal(row["images"][:8], np.concatenate(pictures))
+    packed = stream([source(root, "clips")], layout=layout, pack=True, window=4)
+    batch = taken(opened(packed, tokenizer, batch=1), 1)[0]
+    places = batch.arrays["place"][0]
+    assert places[places >= 0].tolist() == list(range(6 * len(batch.ids)))
+
+
 def test_rows_are_full(root, tokenizer):
     loader = opened(mixture(root), tokenizer, batch=8)
     batches = taken(loader, 20)

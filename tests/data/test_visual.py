@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mmjax.data.image import preprocess
-from mmjax.data.visual import LAYOUTS
+from mmjax.data.visual import LAYOUTS, visual_tokens
 
 BOARD = dict(preset="siglip", size=16, tokens=2, rows=2, columns=3)
 MARKERS = (("a", "b", "c"), ("d", "e", "f"))
@@ -48,6 +48,21 @@ def test_tiles_are_cut_from_the_image():
         part = preprocess(image.crop((left, top, left + 16, top + 16)), "siglip", 16)
         np.testing.assert_array_equal(tiles[index], part)
     np.testing.assert_array_equal(tiles[6], preprocess(image, "siglip", 16))
+
+
+@pytest.mark.parametrize("size", [(48, 32), (10, 10), (90, 20)])
+def test_a_board_always_has_its_tiles(size):
+    """They are read together, and have as many places as the reader makes tokens of all."""
+    layout = LAYOUTS["board"](**BOARD)
+    image = picture(*size)
+    assert layout.frames == layout.plan(*size).pictures == 6
+    np.testing.assert_array_equal(np.concatenate(layout.plan(*size).pieces), [0, 1])
+    whole = image.resize((48, 32), Image.Resampling.BICUBIC)
+    expected = LAYOUTS["tiles"](**BOARD).pictures(whole)
+    np.testing.assert_array_equal(layout.pictures(image), expected)
+    assert visual_tokens(layout, 12) == 4 and visual_tokens(None, 0) == 0
+    with pytest.raises(ValueError, match="0 x 3 tiles has none"):
+        LAYOUTS["board"](**BOARD | dict(rows=0))
 
 
 def test_markers_stand_before_their_tiles():
