@@ -158,7 +158,13 @@ class _Children:
             self._running.discard(process)
             return None if self.stopping else code
 
+    def start(self) -> None:
+        """Takes calls, perhaps again."""
+        with self._lock:
+            self.stopping = False
+
     def stop(self) -> None:
+        """Asks all to stop, and takes no more calls."""
         with self._lock:
             self.stopping = True
             for process in self._running:
@@ -235,10 +241,11 @@ def run_study(
     """
     directory = directory.absolute()
     arms = plan(study)
-    with _claimed(directory, study):
+    with _Claim(directory, study):
+        _CHILDREN.start()
         failures: dict[str, str] = {}
         search = [make_run(study, arm, rate, 0, directory) for arm in arms for rate in study.rates]
-        failures |= _all(search, directory, executor, say, "search of rates")
+        failures |= _run_all(search, directory, executor, say, "search of rates")
         rates = choose_rates(read_rows(search), study.metric)
         seeds = [
             make_run(study, arm, rates[arm.name], seed, directory)
@@ -246,7 +253,7 @@ def run_study(
             if arm.name in rates
             for seed in range(1, study.seeds)
         ]
-        failures |= _all(seeds, directory, executor, say, "seeds")
+        failures |= _run_all(seeds, directory, executor, say, "seeds")
         rows = read_rows([*search, *seeds])
         write_tables(directory, rows, summarise(rows, rates))
         losses = read_losses([*search, *seeds], rates)
@@ -255,7 +262,7 @@ def run_study(
     return failures
 
 
-def _all(
+def _run_all(
     runs: Sequence[Run],
     directory: Path,
     executor: Executor,
@@ -288,7 +295,7 @@ def _all(
     return failures
 
 
-class _claimed:
+class _Claim:
     """A directory that is this study's, and that nobody else runs now."""
 
     def __init__(self, directory: Path, study: Study):

@@ -50,6 +50,9 @@ class Imitation:
         (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return 0
 
+    def start(self):
+        pass
+
     def stop(self):
         pass
 
