@@ -24,4 +24,5 @@ def get_study(arg: str | None = None) -> Study:
         rates=(1e-3, 3e-3),
         seeds=arg.seeds,
         arguments={"steps": arg.steps},
+        slurm=dict(timeout_min=30, cpus_per_task=2),
     )

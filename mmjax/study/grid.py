@@ -43,7 +43,8 @@ class Study:
         the work directory of the one before. Empty: a run has no stages.
       arguments: the same for all arms.
       skip: combinations of levels, perhaps of some axes only, that are left out.
-      slurm: parameters of the jobs on a cluster, as submitit has them.
+      slurm: parameters of the jobs on a cluster, as submitit has them: `timeout_min`,
+        `gpus_per_node`, `slurm_partition` and others. A job is a run with all of its stages.
     """
 
     config: str

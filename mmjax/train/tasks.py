@@ -295,14 +295,13 @@ class NameWords(VisionLanguage):
 
     def loss(self, model, batch, rng):
         del rng
-        place, segments = batch["place"], batch["segments"]
+        place, segments, config = batch["place"], batch["segments"], model.config
+        rows, pictures = len(place), batch["images"].shape[1] // config.connector.frames
         shares = model.name_images(batch["images"])
-        rows, per_picture = shares.shape[0], model.config.image_tokens
         # The mean of their distributions is that of a picture with several tokens.
-        shares = shares.reshape(rows, -1, per_picture, shares.shape[-1])
-        shares = jax.nn.logsumexp(shares, axis=2) - jnp.log(per_picture)
-        pictures = shares.shape[1]
-        shown = jnp.where(place >= 0, place // per_picture, -1)
+        shares = shares.reshape(rows, pictures, -1, shares.shape[-1])
+        shares = jax.nn.logsumexp(shares, axis=2) - jnp.log(shares.shape[2])
+        shown = jnp.where(place >= 0, place // config.image_tokens, -1)
         same = (segments[:, :, None] == segments[:, None, :]) & (shown[:, None, :] >= 0)
         first = jnp.min(jnp.where(same, shown[:, None, :], pictures), axis=2)
         last = jnp.max(jnp.where(same, shown[:, None, :], -1), axis=2)
