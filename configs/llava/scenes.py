@@ -11,9 +11,8 @@ is the second without the first. As LLaVA (Liu et al., 2023), whose figures thes
 are icons.
 
 Visual tokens are mixtures of the language model's own (AlignVLM), and alignment teaches them the
-words of captions. With other connectors alignment is LLaVA's, by the language model's loss on the
-captions; that takes longer by far, and afterwards the language model finds hardly anything again
-that it is shown among other things.
+words of captions. With `connector=mlp`, and in the single stage, a connector is trained by the
+language model's loss alone, as LLaVA's.
 """
 
 import dataclasses
@@ -54,9 +53,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """See the module.
 
     Args:
-      arg: stage; encoder, lm and start, the runs or checkpoints whose weights are taken; connector;
-        (what the 16 features of a tile go through together: "align" or "mlp"); steps, batch (rows),
-        length (tokens of a row), lr; eval (questions of each set).
+      arg: stage; encoder, lm and start, the runs or checkpoints whose weights are taken; connector,
+        what the 16 features of a tile go through together: "align" (default; not of the single
+        stage) or "mlp"; steps, batch (rows), length (tokens of a row), lr; eval (questions of each
+        set).
     """
     arg = parse_arg(
         arg,
@@ -64,7 +64,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         encoder="runs/tiles",
         lm="",
         start="runs/align",
-        connector="align",
+        connector="",
         steps=0,
         batch=0,
         length=384,
@@ -73,11 +73,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     if arg.stage not in STAGES:
         raise ConfigError(f"stage={arg.stage}; {nearest(arg.stage, STAGES)}")
-    if arg.connector not in CONNECTORS:
-        raise ConfigError(f"connector={arg.connector}; {nearest(arg.connector, CONNECTORS)}")
+    connector = arg.connector or ("mlp" if arg.stage == "single" else "align")
+    if connector not in CONNECTORS:
+        raise ConfigError(f"connector={connector}; {nearest(connector, CONNECTORS)}")
     lm = arg.lm or weights.SMOLLM2
     lm_config = convert.open_checkpoint(lm).config
-    projection = CONNECTORS[arg.connector](lm_config)
+    projection = CONNECTORS[connector](lm_config)
     model = dict(
         name="vlm",
         encoder=ENCODER,
@@ -98,9 +99,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         init, tables = ((words, lm, "token/embedding"), *init), ((words, False),)
     if arg.stage == "tune":
         init = ((".*", arg.start, r"\g<0>"),)
-    # A new connector has far to go: at a tenth of this rate alignment learned hardly any names (3 %
-    # of 161), at this one half of them.
-    new = 10.0
+    new = 10.0  # a new connector has far to go
     # Little of the language model may change in steps of some twenty questions. Its table of tokens
     # is to keep the words that no question of training has, the encoder what they look like.
     kept = "(encoder|lm/token)/.*" if arg.stage == "tune" else "lm/token/.*"

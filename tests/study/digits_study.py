@@ -8,8 +8,7 @@ def get_study(arg: str | None = None) -> Study:
     arg = parse_arg(arg, broken=False, seeds=1, rates=1, steps=20)
     width = {"narrow": {"model.mlp_width": 32}, "wide": {"model.mlp_width": 64}}
     if arg.broken:
-        # No initial state comes out of a file that is not there.
-        width["broken"] = {"model.mlp_width": 48, "init": "(('.*', 'nowhere', 'x'),)"}
+        width["broken"] = {"model.mlp_width": 48, "optimizer.name": "adamx"}
     return Study(
         config="tests/experiments/digits_config.py",
         axes={"width": width},

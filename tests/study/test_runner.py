@@ -163,7 +163,7 @@ def test_a_real_study_with_an_arm_that_fails(tmp_path):
         ablate(tmp_path / "study", "broken"), cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "width=broken" in done.stdout and "nowhere" in done.stdout
+    assert "width=broken" in done.stdout and "adamx" in done.stdout
     rows, summary = tables(tmp_path / "study")
     assert set(summary.arm) == {"width=narrow", "width=wide"}
     assert rows["eval/test/top1"].between(0, 1).all()

@@ -468,7 +468,9 @@ def test_alignment_by_words(root, aligned, tmp_path):
     config = naming(root, aligned)
     loop.train(config, tmp_path / "run")
     losses = [row["train/loss"] for row in launch.rows(tmp_path / "run")]
-    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+    # Rows without a sample of one picture have none.
+    losses = [loss for loss in losses if loss > 0]
+    assert len(losses) > 6 and np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
     ended, lm = launch.parameters(tmp_path / "run"), launch.parameters(aligned)["frozen"]
     assert set(ended["trainable"]) == {
         f"connector/{name}"
@@ -511,6 +513,7 @@ def test_flamingo_beside_a_frozen_language_model(root, tokenizer):
         gated=dict(heads=2, head_dim=16),
         every=2,
         after=1,
+        new_tokens=1,
     )
     asked = source(root, "asked", dict(name="questions", turns=4, apart=True))
     # A place in the text for each picture, whatever the resampler makes of it.
@@ -524,7 +527,7 @@ def test_flamingo_beside_a_frozen_language_model(root, tokenizer):
     assert {path.split("/")[0] for path in last.frozen} == {"encoder", "lm"}
     for path, value in last.frozen.items():
         np.testing.assert_array_equal(value, first.frozen[path])
-    assert moved(last.trainable, first.trainable) == {"connector", "gated"}
+    assert moved(last.trainable, first.trainable) == {"connector", "gated", "new_token"}
     assert 1 < metrics["loss"] < 10
 
 
