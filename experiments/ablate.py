@@ -2,9 +2,9 @@
 
 python -m experiments.ablate --study configs/ablate/digits.py --workdir runs/study
 
-Its directory holds the runs, rows.csv and rows.parquet (a row for each run), summary.csv and
-report.md. The same command goes on after an interruption. A run that fails does not stop the
-others; the command then ends with 1.
+Its directory holds the runs, rows.csv and rows.parquet (a row for each run), summary.csv,
+report.html with its figures, report.md and table.tex. The same command goes on after an
+interruption. A run that fails does not stop the others; the command then ends with 1.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None) -> int:
     # As by Ctrl-C: what runs here saves, and ends.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     failures = studies.run_study(study, directory, executor)
-    print(f"Done: {directory} holds rows.csv, summary.csv and report.md.")
+    print(f"Done: {directory} holds report.html, report.md, rows.csv and summary.csv.")
     if failures:
         print(f"{len(failures)} runs failed; report.md says why.", file=sys.stderr)
     return 1 if failures else 0

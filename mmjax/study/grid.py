@@ -13,9 +13,7 @@ from ml_collections import ConfigDict
 
 from mmjax import config as configs
 from mmjax.registry import nearest
-
-# What must not tell two arms apart: where they begin, and at which rate.
-_BESIDE = ("init", "seed")
+from mmjax.train.handover import model_dataclass
 
 
 class StudyError(ValueError):
@@ -160,8 +158,6 @@ def plan(study: Study) -> list[Arm]:
     Raises:
       StudyError: listing every arm whose config is refused, and arms that are equal.
     """
-    from mmjax.train.handover import model_dataclass
-
     arms = arms_of(study)
     problems: list[str] = []
     seen: dict[str, str] = {}
@@ -175,11 +171,7 @@ def plan(study: Study) -> list[Arm]:
                     command(study, arm, rate=study.rates[0], seed=0, stage=stage, start=start)
                 )
                 model_dataclass(config.model.to_dict())
-                texts.append(
-                    configs.to_json(
-                        ConfigDict({k: v for k, v in config.items() if k not in _BESIDE})
-                    )
-                )
+                texts.append(configs.to_json(config))
         except (ValueError, OSError) as error:
             problems.append(f"  {arm.name}: {error}")
             continue

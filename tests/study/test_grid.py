@@ -35,6 +35,25 @@ def test_a_grid_and_its_configs():
     assert [arm.name for arm in left] == ["batch=32,width=b"]
 
 
+def test_arms_may_differ_in_where_they_begin(tmp_path):
+    file = tmp_path / "base.py"
+    file.write_text(
+        f"""
+from mmjax import config as configs
+from mmjax.config import parse_arg
+
+
+def get_config(arg=None):
+    arg = parse_arg(arg, source="a", lr=1e-3)
+    config = configs.load({str(ROOT / DIGITS)!r})
+    config.init = ((".*", arg.source, "x"),)
+    return config
+"""
+    )
+    study = Study(config=str(file), axes={"source": ("a", "b")}, metric="eval/x", rates=(1e-3,))
+    assert [arm.name for arm in plan(study)] == ["source=a", "source=b"]
+
+
 def test_stages_follow_each_other(tmp_path):
     study = Study(
         config="configs/llava/scenes.py",

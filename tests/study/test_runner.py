@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from mmjax.study import Local, Study, StudyError, load_study, run_study, runner
+from mmjax.study import Local, Study, StudyError, run_study, runner
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDY = Study(
@@ -93,8 +93,8 @@ def test_rates_then_seeds(tmp_path, monkeypatch):
 
 def test_an_interrupted_study_ends_with_the_same_tables(tmp_path, monkeypatch):
     run(tmp_path / "whole", monkeypatch)
-    for stop in range(0, 12, 3):
-        assert run(tmp_path / "parts", monkeypatch, stop_after=min(stop, 3))[0] is None or stop
+    for stop in (0, 3, 3, 3):
+        assert run(tmp_path / "parts", monkeypatch, stop_after=stop)[0] is None
     run(tmp_path / "parts", monkeypatch)
     for name in ("rows.csv", "summary.csv", "report.md"):
         assert (tmp_path / "parts" / name).read_text() == (tmp_path / "whole" / name).read_text()
@@ -171,7 +171,6 @@ def test_a_real_study_with_an_arm_that_fails(tmp_path):
 
 @pytest.mark.slow
 def test_a_real_study_that_is_killed(tmp_path):
-    load_study("tests/study/digits_study.py:seeds=2,rates=2")
     subprocess.run(ablate(tmp_path / "whole", "seeds=2,rates=2"), cwd=ROOT, check=True)
     process = subprocess.Popen(ablate(tmp_path / "parts", "seeds=2,rates=2"), cwd=ROOT)
     for number in (signal.SIGKILL, signal.SIGTERM):
