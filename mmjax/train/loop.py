@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import math
@@ -35,6 +36,10 @@ from mmjax.train.processes import together
 from mmjax.train.state import fingerprint
 
 log = logging.getLogger(__name__)
+
+
+# Of the data position: which records came, in which order.
+ORDER = "order_sha256"
 
 
 class TrainingError(RuntimeError):
@@ -91,11 +96,13 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -
         evaluators = make_evaluators(experiment, tokenizer, workdir)
     saved = stack.enter_context(Checkpoints(workdir / "checkpoints", experiment.checkpoint))
     restored = saved.restore(experiment.abstract_state())
+    order = ""
     if restored is None:
         start, state = 0, experiment.initial_state(load_initial(experiment, tokenizer))
     else:
         start, state, position = restored
         loader.set_state(position)
+        order = position.get(ORDER, "")
         log.info("Resuming from step %d.", start)
     if start >= experiment.train.steps:
         scores = _last_scores(workdir, start)
@@ -115,7 +122,7 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -
             workdir, start, wandb_project=experiment.train.wandb, config=json.loads(to_json(config))
         )
         stack.enter_context(contextlib.closing(writer))
-    run = _Run(experiment, workdir, loader, writer, saved, evaluators)
+    run = _Run(experiment, workdir, loader, writer, saved, evaluators, order)
     with _StopOnSignal() as stop:
         return run.run(state, start, stop)
 
@@ -174,6 +181,7 @@ class _Run:
     writer: MetricsWriter
     saved: Checkpoints
     evaluators: dict[str, Scheduled]
+    order: str  # a digest of the records seen, in their order; of this process
 
     def run(self, state: Any, start: int, stop: _StopOnSignal) -> dict[str, float]:
         training, checkpoint = self.experiment.train, self.experiment.checkpoint
@@ -187,6 +195,7 @@ class _Run:
             for skipped in batch.skipped:
                 log.warning("Skipped %s: %s", skipped.record, skipped.error)
             clock.skipped += len(batch.skipped)
+            self.order = hashlib.sha256(f"{self.order}{batch.ids}".encode()).hexdigest()
             arrays = sharding.global_batch(batch.arrays, self.experiment.mesh)
             step_function = clock.compiled(self.experiment, arrays)
             with jax.transfer_guard("disallow"):
@@ -218,13 +227,15 @@ class _Run:
             if saves:
                 with clock.paused():
                     self.writer.sync()
-                    self.saved.save(step, state, self.loader.get_state(), evaluated if due else {})
+                    position = self.loader.get_state() | {ORDER: self.order}
+                    self.saved.save(step, state, position, evaluated if due else {})
             if stopping and not last:
                 bar.close()
                 self.saved.wait()
                 raise Preempted(stop.number, step)
         bar.close()
         self.saved.wait()
+        workdirs.end_manifest(self.workdir, **{ORDER: self.order})
         return evaluated
 
     def _row(self, step: int, metrics: dict[str, np.ndarray]) -> dict[str, float]:

@@ -123,7 +123,7 @@ def manifest(config: ConfigDict, **facts: Any) -> dict[str, Any]:
         "packages": {name: importlib.metadata.version(name) for name in packages},
         "devices": [f"{jax.device_count()} x {jax.devices()[0].device_kind}"],
         "processes": jax.process_count(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "started": _now(),
         **facts,
     }
 
@@ -135,6 +135,20 @@ def add_manifest(workdir: Path, entry: dict[str, Any]) -> None:
     path = workdir / "manifest.json"
     entries = json.loads(path.read_text("utf-8")) if path.exists() else []
     write_atomically(path, json.dumps([*entries, entry], indent=2))
+
+
+def end_manifest(workdir: Path, **facts: Any) -> None:
+    """Add to the last entry of manifest.json that the run is finished, and what is known now."""
+    if jax.process_index() != 0:
+        return
+    path = workdir / "manifest.json"
+    entries = json.loads(path.read_text("utf-8"))
+    entries[-1] |= {"finished": _now(), **facts}
+    write_atomically(path, json.dumps(entries, indent=2))
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def _revision() -> str:
