@@ -17,10 +17,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """See the module.
 
     Args:
-      arg: steps, batch, lr; concepts, "small" or "full" (see `mmjax.data.scenes`).
+      arg: steps, batch, lr; size, of both towers; concepts, "tiny", "small" or "full" (see
+        `mmjax.data.scenes`).
     """
-    arg = parse_arg(arg, steps=1600, batch=128, lr=3e-3, concepts="small")
-    config = two_towers("siglip", f"steps={arg.steps},batch={arg.batch},lr={arg.lr}")
+    arg = parse_arg(arg, steps=1600, batch=128, lr=3e-3, size="Xs", concepts="small")
+    config = two_towers(
+        "siglip", f"steps={arg.steps},batch={arg.batch},lr={arg.lr},size={arg.size}"
+    )
     image, text = (config.data.train[name].to_dict() for name in ("image", "text"))
 
     def data(split: str, augment: tuple = ()) -> dict:

@@ -11,6 +11,7 @@ from mmjax.connectors.base import (
     cost,
     make_connector,
 )
+from mmjax.connectors.board import Board, BoardConfig
 from mmjax.connectors.c_abstractor import CAbstractor, CAbstractorConfig
 from mmjax.connectors.d_abstractor import DAbstractor, DAbstractorConfig
 from mmjax.connectors.frames import Frames, FramesConfig
@@ -30,6 +31,8 @@ __all__ = [
     "LDP",
     "Align",
     "AlignConfig",
+    "Board",
+    "BoardConfig",
     "CAbstractor",
     "CAbstractorConfig",
     "Connector",

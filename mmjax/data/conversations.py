@@ -98,7 +98,8 @@ class Conversation(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """A question of a record, for evaluation; see `mmjax.data.questions.Question`."""
+    """A question of a record, for evaluation; see `mmjax.data.questions.Question`. `image` None:
+    it is about a text."""
 
     key: str
     group: str
@@ -109,7 +110,8 @@ class Asked(NamedTuple):
     question: Turn
 
     def conversation(self, answer: str) -> Conversation:
-        return Conversation((self.question, Turn("assistant", (answer,))), (self.image,)).check()
+        images = () if self.image is None else (self.image,)
+        return Conversation((self.question, Turn("assistant", (answer,))), images).check()
 
 
 class Form(Protocol):
@@ -309,6 +311,68 @@ class Questions:
                 image=image,
                 question=_about_image(text + self.suffix),
             )
+
+
+@FORMS.register("described")
+@dataclass(frozen=True)
+class Described:
+    """The same questions about a description that stands in place of the image: text alone, for a
+    language model that is to answer them.
+
+    Args:
+      turns: training draws up to so many questions, as turns of one conversation.
+      retell: the share of descriptions that are to be told in other words as the last turn: in
+        those of a further text of the record.
+      prompts: requests for that, of which training draws one.
+      description_field: a text, or several, of which the first is the description.
+    """
+
+    turns: int = 1
+    retell: float = 0.0
+    prompts: tuple[str, ...] = ("Describe the image.",)
+    description_field: str = "captions"
+    questions_field: str = "questions"
+
+    def __post_init__(self):
+        if self.turns < 1:
+            raise ValueError(f"turns={self.turns} asks nothing: give 1 or more.")
+        if not 0 <= self.retell <= 1:
+            raise ValueError(f"retell={self.retell} is a share: it must be in [0, 1].")
+
+    def __call__(self, record, name, rng):
+        rows = _rows(get_field(record, self.questions_field, name))
+        if not rows:
+            raise BadRecordError(f"nothing to supervise: {self.questions_field!r} is empty")
+        texts = self._texts(record, name)
+        chosen = range(len(rows)) if rng is None else rng.permutation(len(rows))
+        said = [
+            (_text(rows[index]["question"], "question"), _text(rows[index]["answer"], "answer"))
+            for index in chosen[: self.turns]
+        ]
+        if rng is not None and len(texts) > 1 and rng.random() < self.retell:
+            said.append((_pick(self.prompts, rng), _pick(texts[1:], rng)))
+        turns = []
+        for question, answer in said:
+            asked = question if turns else f"{texts[0]}\n{question}"
+            turns += [Turn("user", (asked,)), Turn("assistant", (answer,))]
+        return Conversation(tuple(turns)).check()
+
+    def questions(self, record, name):
+        for number, row in enumerate(_rows(get_field(record, self.questions_field, name))):
+            text = _text(row["question"], "question")
+            yield Asked(
+                key=str(number),
+                group=row.get("group", ""),
+                text=text,
+                answers=(_text(row["answer"], "answer"),),
+                choices=tuple(choice for choice in row.get("choices", ()) if choice) or None,
+                image=None,
+                question=Turn("user", (f"{self._texts(record, name)[0]}\n{text}",)),
+            )
+
+    def _texts(self, record, name) -> list[str]:
+        field = self.description_field
+        return _texts(get_field(record, field, name), field)
 
 
 @FORMS.register("caption")

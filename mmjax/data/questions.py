@@ -145,7 +145,9 @@ class Questions:
         conversation = asked.conversation(asked.answers[0])
         pieces = maker.render(conversation)
         sample = maker.encode(Drawn(name, conversation, pieces), (*where, None))
-        if id(asked.image) not in images:
+        if asked.image is None:
+            images[id(None)] = (np.zeros((0, 1, 1, 3), np.float32), None)
+        elif id(asked.image) not in images:
             seen = read_image(asked.image)
             images[id(asked.image)] = (
                 np.concatenate(maker.pictures(sample)),

@@ -76,6 +76,11 @@ _GROUP_OF = {
 }
 
 
+# The concepts of "tiny": those that a model of a few minutes can learn by name.
+TINY = """cat, dog, rabbit, elephant, frog, fish, butterfly, owl, penguin, tomato, banana,
+    strawberry, carrot, pizza, egg, cactus, rose, sun, star, rainbow, house, rocket, train, bicycle,
+    basketball, guitar, robot, crown, umbrella, key, bell, chair"""
+
 # The concepts of "small": familiar things that look like nothing else here.
 SMALL = """cat, dog, cow, pig, horse, monkey, rabbit, tiger, lion, elephant, bear, panda, fox, frog,
     snake, turtle, fish, whale, octopus, crab, snail, butterfly, spider, owl, duck, penguin,
@@ -95,11 +100,13 @@ class Variant(NamedTuple):
     Attributes:
       names: of the concepts.
       heldout: how many of their bases are held out.
+      words: how many of `mmjax.data.scenes.WORDS` signs have.
       tiles: of each concept, in "scene_tiles".
     """
 
     names: frozenset[str]
     heldout: int
+    words: int
     tiles: int
 
 
@@ -109,8 +116,9 @@ def _names(text: str) -> frozenset[str]:
 
 # By the name of the data set's config: "scenes/small".
 VARIANTS = {
-    "full": Variant(frozenset(_GROUP_OF), heldout=80, tiles=48),
-    "small": Variant(_names(SMALL), heldout=21, tiles=192),
+    "full": Variant(frozenset(_GROUP_OF), heldout=80, words=24, tiles=48),
+    "small": Variant(_names(SMALL), heldout=21, words=24, tiles=192),
+    "tiny": Variant(_names(TINY), heldout=10, words=8, tiles=192),
 }
 
 

@@ -8,9 +8,10 @@ and captions follow from what was placed: there is no label noise. The icons are
 
 Concepts
   Plain pictures with short singular names, chosen by hand (`mmjax.data.scene_concepts`: no flags,
-  symbols, people or near-copies); those of "scenes/small" are a fifth of them. Some of their bases,
-  drawn by the seeded hash of `openmoji.heldout_bases`, are in no scene of train, validation and
-  test, neither as a picture nor as a word in a question.
+  symbols, people or near-copies); those of "scenes/small" are a fifth of them, of
+  "scenes/tiny" there are 32. Some of their bases, drawn by the seeded hash of
+  `openmoji.heldout_bases`, are in no scene of train, validation and test, neither as a picture nor
+  as a word in a question.
 
 Data set "scenes" (splits train, validation, test; heldout: icons and distractors all held out)
   image      png, 144 x 144
@@ -247,6 +248,11 @@ def draw_scene(
     return image
 
 
+def signs_of(variant: str) -> Sequence[str]:
+    """The words that signs have."""
+    return WORDS[: VARIANTS[variant].words]
+
+
 # --- composition
 
 
@@ -292,13 +298,13 @@ _PAIRS = [
 class _Composer:
     """Draws scenes and questions about them; keeps what makes answers equally frequent."""
 
-    def __init__(self, pictures: Sequence[Picture], seed: Sequence[int]):
+    def __init__(self, pictures: Sequence[Picture], words: Sequence[str], seed: Sequence[int]):
         self.pictures = {picture.name: picture for picture in pictures}
         self.rng = rng = np.random.default_rng(seed)
         self._counted = _deck(rng, (True, False))
         self._numbers = self._pair()
         self._cards = _deck(rng, range(2, 7))
-        self._words = _deck(rng, WORDS, 1)
+        self._words = _deck(rng, words, 1)
         self._present = _deck(rng, (True, False))
         self._related = _deck(rng, (True, False))
         self._relation = _deck(rng, ("yes", "no"))
@@ -411,7 +417,7 @@ class _Composer:
 
 
 def generate_scenes(
-    pictures: Sequence[Picture], count: int, seed: Sequence[int]
+    pictures: Sequence[Picture], count: int, seed: Sequence[int], words: Sequence[str] = WORDS
 ) -> Iterator[dict[str, Any]]:
     """Scenes of these concepts and no others, the same for the same seed.
 
@@ -419,11 +425,12 @@ def generate_scenes(
       pictures: what may be shown or asked for; at least ten.
       count: number of scenes; fewer are the beginning of more.
       seed: numbers for numpy's generator.
+      words: of the signs.
 
     Yields:
       Records as the module's docstring lists them, the image in PIL, in RGB.
     """
-    composer = _Composer(pictures, seed)
+    composer = _Composer(pictures, words, seed)
     glyphs = {picture.name: picture.glyph for picture in pictures}
     for _ in range(count):
         things, counted = composer.place()
@@ -451,7 +458,7 @@ def _tile(thing: Placed, glyph: Image.Image | None, rng: np.random.Generator) ->
 
 
 def generate_tiles(
-    pictures: Sequence[Picture], count: int, seed: Sequence[int]
+    pictures: Sequence[Picture], count: int, seed: Sequence[int], words: Sequence[str] = WORDS
 ) -> Iterator[dict[str, Any]]:
     """Cells with their captions, all concepts (and all words) equally often.
 
@@ -459,12 +466,12 @@ def generate_tiles(
       image (PIL, RGB [48, 48]), text ("dog on a red circle"), aliases (["dog", "red circle"]).
     """
     rng = np.random.default_rng(seed)
-    deck, words = _deck(rng, pictures, 1), _deck(rng, WORDS, 1)
+    deck, said = _deck(rng, pictures, 1), _deck(rng, words, 1)
     colours, shapes = _deck(rng, list(COLOURS)), _deck(rng, SHAPES)
     for _ in range(count):
         kind = rng.random()
         if kind < _SIGN_TILES:
-            thing, glyph = Placed(next(words), 0, "white", "square", "sign"), None
+            thing, glyph = Placed(next(said), 0, "white", "square", "sign"), None
             aliases = [thing.name, f"sign {thing.name}"]
         elif kind < _SIGN_TILES + _CARD_TILES:
             thing, glyph = Placed("", 0, next(colours), next(shapes), "card"), None
@@ -487,7 +494,9 @@ def generate_blank_tiles(count: int, seed: Sequence[int]) -> Iterator[dict[str, 
         yield {"image": _ground(rng, (row, column)), "text": BLANK, "aliases": [BLANK]}
 
 
-def generate_test_tiles(pictures: Sequence[Picture], seed: Sequence[int]) -> Iterator[dict]:
+def generate_test_tiles(
+    pictures: Sequence[Picture], seed: Sequence[int], words: Sequence[str] = WORDS
+) -> Iterator[dict]:
     """One cell of every concept, then of every word; fields as in `generate_tiles`."""
     rng = np.random.default_rng(seed)
     colours, shapes = _deck(rng, list(COLOURS)), _deck(rng, SHAPES)
@@ -495,7 +504,7 @@ def generate_test_tiles(pictures: Sequence[Picture], seed: Sequence[int]) -> Ite
         thing = Placed(picture.name, 0, next(colours), next(shapes), "icon")
         image = _tile(thing, picture.glyph, rng)
         yield {"image": image, "text": thing.name, "aliases": [describe(thing)]}
-    for word in WORDS:
+    for word in words:
         thing = Placed(word, 0, "white", "square", "sign")
         yield {"image": _tile(thing, None, rng), "text": word, "aliases": [describe(thing)]}
 
@@ -560,7 +569,9 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
         seen, held = split_pictures(list_pictures(variant), variant)
         pictures = dict.fromkeys(SIZES, seen) | {"heldout": held}
         return {
-            split: self._generate_examples(generate_scenes(pictures[split], count, _seed(split)))
+            split: self._generate_examples(
+                generate_scenes(pictures[split], count, _seed(split), signs_of(variant))
+            )
             for split, count in SIZES.items()
         }
 
@@ -600,10 +611,11 @@ class SceneTiles(tfds.core.GeneratorBasedBuilder):
         del dl_manager
         variant = self.builder_config.name
         seen, held = split_pictures(list_pictures(variant), variant)
+        words = signs_of(variant)
 
         def tiles(pictures: Sequence[Picture], seed: str) -> Iterator[tuple[int, dict[str, Any]]]:
             count = VARIANTS[variant].tiles * len(pictures)
-            return self._generate_examples(generate_tiles(pictures, count, _seed(seed)))
+            return self._generate_examples(generate_tiles(pictures, count, _seed(seed), words))
 
         blank = round(_BLANK_TILES * VARIANTS[variant].tiles * len([*seen, *held]))
         return {
@@ -611,7 +623,7 @@ class SceneTiles(tfds.core.GeneratorBasedBuilder):
             "heldout": tiles(held, "tiles_heldout"),
             "blank": self._generate_examples(generate_blank_tiles(blank, _seed("tiles_blank"))),
             "test": self._generate_examples(
-                generate_test_tiles([*seen, *held], _seed("tiles_test"))
+                generate_test_tiles([*seen, *held], _seed("tiles_test"), words)
             ),
         }
 

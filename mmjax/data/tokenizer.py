@@ -311,6 +311,8 @@ def captions_of(record: dict[str, Any], spec: DataSpec, record_id: str) -> list[
 
 def _texts(spec: DataSpec, limit: int) -> Iterator[str]:
     """The captions, or what is said in the conversations, of at most about `limit` records."""
+    from mmjax.data.chat import TEMPLATES, Role, Special  # which needs tokenizers
+
     sources = [open_source(config)[0] for config in spec.sources]
     total = sum(len(source) for source in sources)
     stride = max(1, -(-total // limit))
@@ -322,7 +324,12 @@ def _texts(spec: DataSpec, limit: int) -> Iterator[str]:
             # What is wrong with a record is said when it is used.
             with contextlib.suppress(BadRecordError):
                 conversation = spec.forms[k](source[index], source.id(index), None)
-                yield from (turn.text for turn in conversation.turns)
+                pieces = TEMPLATES[spec.conversation.template].render(conversation)
+                parts = (piece.part for piece in pieces)
+                words = (
+                    p for p in parts if isinstance(p, str) and not isinstance(p, Role | Special)
+                )
+                yield "".join(words)
 
 
 def build_tokenizer(data_config: Any, workdir: str | os.PathLike) -> Tokenizer | None:

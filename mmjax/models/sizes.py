@@ -7,9 +7,11 @@ from mmjax.registry import UnknownNameError, nearest
 _FIELDS = ("width", "depth", "heads", "mlp_width")
 
 # Table 2 of Zhai et al., Scaling Vision Transformers (2021), as in big_vision's decode_variant;
-# So400m is from Alabdulmohsin et al. (2023). "mu" is for tests, "Xs" for two CPU cores.
+# So400m is from Alabdulmohsin et al. (2023). "mu" is for tests, "Xxs" and "Xs" are for two
+# CPU cores.
 SIZES: dict[str, tuple[int, int, int, int]] = {
     "mu": (32, 1, 2, 128),
+    "Xxs": (128, 4, 4, 512),
     "Xs": (192, 6, 3, 768),
     "Ti": (192, 12, 3, 768),
     "S": (384, 12, 6, 1536),

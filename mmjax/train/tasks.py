@@ -22,7 +22,9 @@ from mmjax import losses
 from mmjax.config import ConfigError
 from mmjax.data.spec import ConversationSpec, parse
 from mmjax.models.flamingo import FlamingoConfig
-from mmjax.models.vlm import Seq2SeqVLMConfig, VLMConfig
+from mmjax.models.lm import LMConfig
+from mmjax.models.vlm import Seq2SeqVLMConfig, VLMConfig, positions_of
+from mmjax.nn import masks
 from mmjax.registry import Registry, nearest
 from mmjax.sharding import BATCH_AXES
 from mmjax.typing import Array
@@ -161,6 +163,65 @@ class Classification(Task):
         return (numerator, denominator), {"accuracy": (correct, denominator)}
 
 
+@TASKS.register("lm")
+class LanguageModelling(Task):
+    """The next token of a language model, where it is supervised, from texts without images.
+
+    Args: see `VisionLanguage`.
+    """
+
+    fields = ("tokens", "weights", "segments")
+
+    def __init__(self, mesh: Mesh, *, targets: int | None = None):
+        del mesh
+        _check_targets(targets)
+        self.targets = targets
+
+    def check(self, model: LMConfig, data: ConfigDict) -> None:
+        spec = parse(data.train).conversation
+        if spec is None or spec.layout is not None:
+            raise ConfigError(
+                "The task 'lm' learns from texts: config.data.train needs `conversation`, without "
+                "`images` and `layout`."
+            )
+        if not isinstance(model, LMConfig):
+            raise ConfigError(
+                f"config.task is for models of the name 'lm', but config.model is a "
+                f"{type(model).__name__}."
+            )
+        most = spec.most_targets
+        if self.targets is not None and self.targets < most:
+            raise ConfigError(
+                f"config.task.targets={self.targets}, but rows have up to {most} supervised "
+                "tokens: set config.data.train.conversation.max_targets"
+            )
+
+    def loss(self, model, batch, rng):
+        segments = batch["segments"]
+        mask = segments > 0
+        attention = masks.blocks(jnp.ones_like(mask), group=segments, window=model.config.window)
+        hidden = model.run(
+            batch["tokens"],
+            mask=mask,
+            attention=attention,
+            positions=positions_of(segments),
+            rng=rng,
+        ).hidden
+        total, weight, correct = losses.next_token_loss(
+            hidden, model.logits, batch["tokens"], batch["weights"], targets=self.targets
+        )
+        filled = jnp.sum(mask, dtype=jnp.float32)
+        return (total, weight), {
+            "accuracy": (correct, weight),
+            "filled": (filled, float(segments.size)),
+        }
+
+
+def _check_targets(targets: int | None) -> None:
+    if targets is not None and targets < 1:
+        raise ValueError(f"config.task.targets={targets} must be at least 1, or None.")
+
+
 @TASKS.register("vlm")
 class VisionLanguage(Task):
     """The next token of a vision-language model, where it is supervised.
@@ -179,8 +240,7 @@ class VisionLanguage(Task):
 
     def __init__(self, mesh: Mesh, *, targets: int | None = None):
         del mesh
-        if targets is not None and targets < 1:
-            raise ValueError(f"config.task.targets={targets} must be at least 1, or None.")
+        _check_targets(targets)
         self.targets = targets
 
     def check(self, model: VLMConfig, data: ConfigDict) -> None:
