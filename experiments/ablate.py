@@ -24,6 +24,9 @@ def main(argv: Sequence[str] | None) -> int:
     result.add_argument("--workdir", required=True, help="the study's own directory")
     result.add_argument("--launcher", choices=("local", "slurm"), default="local")
     result.add_argument("--devices", help="numbers of CUDA devices to use here, such as 0,1")
+    result.add_argument(
+        "--processes", type=int, default=1, help="how many runs share a device, or the cores here"
+    )
     args = result.parse_args(argv)
     from mmjax import study as studies
 
@@ -33,7 +36,7 @@ def main(argv: Sequence[str] | None) -> int:
         executor = studies.slurm(study, directory)
     else:
         devices = args.devices and [int(number) for number in args.devices.split(",")]
-        executor = studies.Local(devices or None)
+        executor = studies.Local(devices or None, args.processes)
     # As by Ctrl-C: what runs here saves, and ends.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     failures = studies.run_study(study, directory, executor)

@@ -2,12 +2,14 @@
 
 from mmjax.study.grid import Arm, Study, StudyError, load_study, plan
 from mmjax.study.report import write_report
-from mmjax.study.results import choose_rates, read_rows, summarise, write_tables
+from mmjax.study.results import Answers, Results, choose_rates, read_rows, summarise, write_tables
 from mmjax.study.runner import Local, Run, run_study, slurm
 
 __all__ = [
+    "Answers",
     "Arm",
     "Local",
+    "Results",
     "Run",
     "Study",
     "StudyError",

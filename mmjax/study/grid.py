@@ -15,6 +15,8 @@ from mmjax import config as configs
 from mmjax.registry import nearest
 from mmjax.train.handover import model_dataclass
 
+STUDY = "study.json"  # what a directory is the study of
+
 
 class StudyError(ValueError):
     """A study that cannot be run; the message lists what to change."""
@@ -35,12 +37,17 @@ class Study:
         mapping {level: {argument or key: value}}.
       metric: the score by which rates are chosen, as metrics.jsonl has it ("eval/validation/
         accuracy"); higher is better.
+      score: the one that arms are compared by; "": `metric`, which makes the best rate look too
+        good.
       rates: values of the argument `rate`.
       seeds: runs of each arm at its rate.
       stages: values of the argument `stage`, one after the other; the argument `start` of each is
         the work directory of the one before. Empty: a run has no stages.
       arguments: the same for all arms.
+      before: {argument: a config file with its arguments}. These runs come first, once; each is
+        given its work directory as that argument of all arms.
       skip: combinations of levels, perhaps of some axes only, that are left out.
+      beside: {name: {argument or key: value}}, arms outside of the grid.
       slurm: parameters of the jobs on a cluster, as submitit has them: `timeout_min`,
         `gpus_per_node`, `slurm_partition` and others. A job is a run with all of its stages.
     """
@@ -49,11 +56,14 @@ class Study:
     axes: Mapping[str, Sequence[Any] | Mapping[str, Mapping[str, Any]]]
     metric: str
     rates: Sequence[float]
+    score: str = ""
     seeds: int = 3
     stages: Sequence[str] = ()
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    before: Mapping[str, str] = dataclasses.field(default_factory=dict)
     rate: str = "lr"
     skip: Sequence[Mapping[str, Any]] = ()
+    beside: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     slurm: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
@@ -68,6 +78,11 @@ class Study:
                 if axis not in self.axes:
                     raise StudyError(f"skip names no axis: {axis!r}; {nearest(axis, self.axes)}")
 
+    @property
+    def compared(self) -> str:
+        """The score that arms are compared by."""
+        return self.score or self.metric
+
     def to_json(self) -> str:
         """All of it, to be compared with the one of a directory."""
         return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True, default=list)
@@ -75,19 +90,17 @@ class Study:
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One combination of levels.
+    """One combination of levels, or an arm beside the grid.
 
     Attributes:
-      levels: {axis: the name of its level}.
+      name: of the levels, or its own.
+      levels: {axis: the name of its level}; empty beside the grid.
       settings: {argument, or key with a dot: value}.
     """
 
+    name: str
     levels: Mapping[str, str]
     settings: Mapping[str, Any]
-
-    @property
-    def name(self) -> str:
-        return ",".join(f"{axis}={level}" for axis, level in self.levels.items())
 
 
 def load_study(spec: str) -> Study:
@@ -103,7 +116,7 @@ def load_study(spec: str) -> Study:
 
 
 def arms_of(study: Study) -> list[Arm]:
-    """The grid, without what is skipped."""
+    """The grid, without what is skipped; then what is beside it."""
     axes = {
         axis: {str(k): v for k, v in levels.items()}
         if isinstance(levels, Mapping)
@@ -118,15 +131,33 @@ def arms_of(study: Study) -> list[Arm]:
         settings: dict[str, Any] = {}
         for axis, name in levels.items():
             settings |= axes[axis][name]
-        arms.append(Arm(levels, settings))
-    return arms
+        name = ",".join(f"{axis}={level}" for axis, level in levels.items())
+        arms.append(Arm(name, levels, settings))
+    return arms + [Arm(name, {}, dict(settings)) for name, settings in study.beside.items()]
+
+
+def workdir_before(directory: Path, name: str) -> Path:
+    """Of a run of `Study.before`."""
+    return directory / "before" / name / "train"
 
 
 def command(
-    study: Study, arm: Arm, *, rate: float, seed: int, stage: str | None, start: Path | None
+    study: Study,
+    arm: Arm,
+    *,
+    rate: float,
+    seed: int,
+    stage: str | None,
+    start: Path | None,
+    directory: Path = Path("study"),
 ) -> list[str]:
-    """The arguments of `experiments.train` for a run, but for its work directory."""
-    settings = {**study.arguments, **arm.settings}
+    """The arguments of `experiments.train` for a run, but for its work directory.
+
+    Args:
+      directory: of the study.
+    """
+    before = {name: workdir_before(directory, name) for name in study.before}
+    settings = {**study.arguments, **before, **arm.settings}
     arguments = {k: v for k, v in settings.items() if "." not in k} | {study.rate: rate}
     keys = {k: v for k, v in settings.items() if "." in k} | {"seed": seed}
     if stage is not None:
@@ -147,6 +178,19 @@ def command(
     ]
 
 
+def first_command(study: Study, arm: Arm, directory: Path = Path("study")) -> list[str]:
+    """The last stage at the first rate with the first seed: what all runs of an arm agree in."""
+    return command(
+        study,
+        arm,
+        rate=study.rates[0],
+        seed=0,
+        stage=study.stages[-1] if study.stages else None,
+        start=Path("start") if len(study.stages) > 1 else None,
+        directory=directory,
+    )
+
+
 def config_of(arguments: Sequence[str]) -> ConfigDict:
     """What `experiments.train` makes of them."""
     return configs.load(arguments[1], [item.removeprefix("--config.") for item in arguments[2:]])
@@ -162,6 +206,11 @@ def plan(study: Study) -> list[Arm]:
     problems: list[str] = []
     seen: dict[str, str] = {}
     stages = study.stages or (None,)
+    for name, spec in study.before.items():
+        try:
+            configs.load(spec, [])
+        except (ValueError, OSError) as error:
+            raise StudyError(f"before {name!r}: {error}. Nothing has been run.") from error
     for arm in arms:
         texts = []
         try:

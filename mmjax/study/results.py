@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -11,26 +12,31 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from flax import nnx
 
-from mmjax import params
+from mmjax import params, rules
 from mmjax.connectors import cost
 from mmjax.models import MODELS, VLMConfig
 from mmjax.registry import nearest
-from mmjax.study.grid import Arm, Study, StudyError, command, config_of
+from mmjax.study.grid import Arm, Study, StudyError, config_of, first_command
+from mmjax.study.speed import COSTS
 from mmjax.train.handover import model_dataclass
 from mmjax.train.logging import read_metrics
 from mmjax.train.workdir import write_atomically
+
+TOKENS = "visual tokens"
 
 if TYPE_CHECKING:
     from mmjax.study.runner import Run
 
 
 def read_rows(runs: Iterable[Run]) -> pd.DataFrame:
-    """A row for each finished run: arm, its levels, rate, seed, and its scores at the end."""
+    """A row for each finished run: arm, its levels, rate, seed, a digest of the records it saw in
+    their order, the seconds it took, and its scores at the end."""
     rows = []
     for run in runs:
         if run.finished.exists():
             scores = json.loads(run.finished.read_text("utf-8"))
             beside = {"arm": run.arm.name, **run.arm.levels, "rate": run.rate, "seed": run.seed}
+            beside["order"] = scores.pop("order")
             rows.append(beside | {k: float(v) for k, v in scores.items()})
     return pd.DataFrame(rows)
 
@@ -66,30 +72,104 @@ def summarise(rows: pd.DataFrame, rates: Mapping[str, float]) -> pd.DataFrame:
 
 
 def arm_costs(study: Study, arms: Iterable[Arm]) -> pd.DataFrame:
-    """A row for each arm: parameters, and of vision-language models the visual tokens of an image,
-    and parameters and GFLOP (forward, an image) of the connector."""
+    """A row for each arm: parameters, those that are trained, and of vision-language models the
+    visual tokens of an image, and parameters and GFLOP (forward, an image) of the connector."""
     rows = []
     for arm in arms:
-        stage = study.stages[-1] if study.stages else None
-        start = Path("start") if len(study.stages) > 1 else None
-        config = config_of(
-            command(study, arm, rate=study.rates[0], seed=0, stage=stage, start=start)
-        )
+        config = config_of(first_command(study, arm))
         model = model_dataclass(config.model.to_dict())
         make = MODELS[config.model.name][1]
         _, shapes = params.abstract(lambda make=make, model=model: make(model, rngs=nnx.Rngs(0)))
-        row: dict[str, Any] = {"arm": arm.name, "parameters": params.count(shapes)}
+        trained = rules.match(config.rules.trainable, shapes, name="rules.trainable")
+        row: dict[str, Any] = {
+            "arm": arm.name,
+            "parameters": params.count(shapes),
+            "trained parameters": sum(shapes[path].size for path in shapes if trained[path]),
+        }
         if isinstance(model, VLMConfig):
             width = model.encoder.width * len(model.features)
             grid = model.encoder.grid
             spent = cost(model.connector, width, model.visual_width, grid, extra=model.extra)
             row |= {
-                "visual tokens": spent.tokens,
+                TOKENS: spent.tokens,
                 "connector parameters": spent.parameters,
                 "connector GFLOP": spent.flops / 1e9,
             }
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def read_costs(directory: Path) -> pd.DataFrame:
+    """A row for each arm: what `mmjax.study.speed` has measured."""
+    measured = json.loads((directory / COSTS).read_text("utf-8"))
+    return pd.DataFrame([{"arm": arm, **row} for arm, row in measured["arms"].items()])
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What each chosen run said to each question of the score that arms are compared by.
+
+    Attributes:
+      scores: {arm: a row a seed, a column a question}.
+      groups, images: of each question.
+    """
+
+    scores: Mapping[str, pd.DataFrame]
+    groups: pd.Series
+    images: pd.Series
+
+
+def read_answers(study: Study, runs: Iterable[Run], rates: Mapping[str, float]) -> Answers | None:
+    """From the files that evaluators of questions write (`answers`); None where there are none."""
+    name, score = study.compared.split("/")[1], study.compared.rsplit("/", 1)[-1]
+    found: dict[str, dict[int, pd.Series]] = {}
+    asked: dict[str, Mapping[str, Any]] = {}
+    for run in runs:
+        if not run.finished.exists() or rates.get(run.arm.name) != run.rate:
+            continue
+        workdir = run.directory / run.stages[-1][0]
+        config = json.loads((workdir / "config.json").read_text("utf-8"))
+        file = config["evals"].get(name, {}).get("answers")
+        if file is None:
+            return None
+        rows = [json.loads(line) for line in (workdir / file).read_text("utf-8").splitlines()]
+        if not all(score in row for row in rows):
+            return None
+        found.setdefault(run.arm.name, {})[run.seed] = pd.Series(
+            {row["id"]: row[score] for row in rows}, dtype=float
+        )
+        asked |= {row["id"]: row for row in rows}
+    if not found:
+        return None
+    table = pd.DataFrame.from_dict(asked, orient="index")
+    # An id is that of the record and the question's number in it.
+    images = table.index.to_series().str.rsplit("/", n=1).str[0]
+    scores = {arm: pd.DataFrame(seeds).T[table.index] for arm, seeds in found.items()}
+    return Answers(scores, table["group"], images)
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """All that a report tells of.
+
+    Attributes:
+      rows: all finished runs, as `read_rows` has them.
+      rates: {arm: its rate}.
+      costs: a row for each arm, with `arm` and numbers.
+      losses: {arm: training loss, a row for each step, a column for each seed}.
+      answers: to single questions; None where runs have none.
+    """
+
+    rows: pd.DataFrame
+    rates: Mapping[str, float]
+    costs: pd.DataFrame
+    losses: Mapping[str, pd.DataFrame]
+    answers: Answers | None = None
+
+    @property
+    def chosen(self) -> pd.DataFrame:
+        """The runs of each arm at its rate."""
+        return self.rows[self.rows.rate == self.rows.arm.map(self.rates)]
 
 
 def read_losses(runs: Iterable[Run], rates: Mapping[str, float]) -> dict[str, pd.DataFrame]:

@@ -7,30 +7,38 @@ import dataclasses
 import fcntl
 import glob
 import json
+import math
 import os
 import queue
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from mmjax.study.grid import Arm, Study, StudyError, command, plan
+from mmjax.study.grid import STUDY, Arm, Study, StudyError, command, plan, workdir_before
 from mmjax.study.report import write_report
 from mmjax.study.results import (
+    TOKENS,
+    Results,
     arm_costs,
     choose_rates,
+    read_answers,
+    read_costs,
     read_losses,
     read_rows,
     summarise,
     write_tables,
 )
+from mmjax.study.speed import COSTS
 from mmjax.train.logging import read_metrics
+from mmjax.train.loop import ORDER
 from mmjax.train.workdir import write_atomically
 
-FINISHED, FAILED, STUDY = "finished.json", "failed.json", "study.json"
+FINISHED, FAILED = "finished.json", "failed.json"
 _ROOT = Path(__file__).resolve().parents[2]
 _LINES = 12  # of the log of a run that failed
 
@@ -63,14 +71,38 @@ class Run:
 
 def make_run(study: Study, arm: Arm, rate: float, seed: int, directory: Path) -> Run:
     """See `Run`."""
-    directory = directory / "runs" / arm.name / f"{study.rate}={rate:g}" / f"seed={seed}"
+    root = directory
+    directory = root / "runs" / arm.name / f"{study.rate}={rate:g}" / f"seed={seed}"
     stages, start = [], None
     for stage in study.stages or (None,):
-        arguments = command(study, arm, rate=rate, seed=seed, stage=stage, start=start)
+        arguments = command(
+            study, arm, rate=rate, seed=seed, stage=stage, start=start, directory=root
+        )
         name = stage or "train"
         stages.append((name, tuple(arguments)))
         start = directory / name
     return Run(arm, rate, seed, directory, tuple(stages))
+
+
+def run_before(study: Study, name: str, directory: Path) -> Run:
+    """One of `study.before`."""
+    workdir = workdir_before(directory, name)
+    arguments = ("--config", study.before[name])
+    return Run(Arm(name, {}, {}), math.nan, 0, workdir.parent, ((workdir.name, arguments),))
+
+
+class Slot(NamedTuple):
+    """What a process has for itself: a CUDA device and a share of its memory; or CPU cores.
+
+    None: whatever there is.
+    """
+
+    device: int | None = None
+    memory: float | None = None
+    cores: frozenset[int] | None = None
+
+
+ALL = Slot()
 
 
 class Executor(Protocol):
@@ -84,9 +116,14 @@ class Local(ThreadPoolExecutor):
 
     Args:
       devices: numbers of CUDA devices; None: all that the driver shows, or CUDA_VISIBLE_DEVICES.
+      processes: that share each device, which suits small models; without devices, that share the
+        cores. Each has as much as the others.
+
+    Raises:
+      StudyError: more processes than cores.
     """
 
-    def __init__(self, devices: Sequence[int] | None = None):
+    def __init__(self, devices: Sequence[int] | None = None, processes: int = 1):
         if devices is None:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES")
             nodes = sorted(glob.glob("/dev/nvidia[0-9]*"))
@@ -95,20 +132,38 @@ class Local(ThreadPoolExecutor):
                 if visible is not None
                 else [int(node.removeprefix("/dev/nvidia")) for node in nodes]
             )
-        self._free: queue.Queue[int | None] = queue.Queue()
-        for device in devices or [None]:
-            self._free.put(device)
-        super().__init__(max_workers=max(1, len(devices)))
+        slots = _slots(devices, processes)
+        self._free: queue.Queue[Slot] = queue.Queue()
+        for slot in slots:
+            self._free.put(slot)
+        super().__init__(max_workers=len(slots))
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Future:
         def call() -> Any:
-            device = self._free.get()
+            slot = self._free.get()
             try:
-                return function(*args, device=device)
+                return function(*args, slot=slot)
             finally:
-                self._free.put(device)
+                self._free.put(slot)
 
         return super().submit(call)
+
+
+def _slots(devices: Sequence[int], processes: int) -> list[Slot]:
+    if processes < 1:
+        raise StudyError(f"processes={processes} runs nothing: give 1 or more.")
+    if devices:
+        # A process alone takes what JAX takes: three quarters.
+        memory = None if processes == 1 else 0.9 / processes
+        return [Slot(device, memory) for _ in range(processes) for device in devices]
+    cores = sorted(os.sched_getaffinity(0))
+    if processes > len(cores):
+        raise StudyError(
+            f"{processes} processes at a time need as many cores, and there are {len(cores)}."
+        )
+    if processes == 1:
+        return [ALL]
+    return [Slot(cores=frozenset(cores[part::processes])) for part in range(processes)]
 
 
 def slurm(study: Study, directory: Path, cluster: str | None = None) -> Executor:
@@ -144,14 +199,30 @@ class _Children:
         self._running: set[subprocess.Popen] = set()
         self.stopping = False
 
-    def call(self, arguments: Sequence[str], log: Path, env: dict[str, str]) -> int | None:
-        """The exit code; None if all are to stop."""
+    def call(self, arguments: Sequence[str], log: Path, cache: Path, slot: Slot) -> int | None:
+        """The exit code; None if all are to stop.
+
+        Args:
+          arguments: of python.
+          cache: of compiled programs: runs of an arm are one program.
+        """
+        env = dict(os.environ, JAX_COMPILATION_CACHE_DIR=str(cache))
+        if slot.device is not None:
+            env["CUDA_VISIBLE_DEVICES"] = str(slot.device)
+        if slot.memory is not None:
+            env["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{slot.memory:.3f}"
         with open(log, "a", encoding="utf-8") as file, self._lock:
             if self.stopping:
                 return None
             process = subprocess.Popen(
-                arguments, cwd=_ROOT, env=env, stdout=file, stderr=subprocess.STDOUT
+                [sys.executable, *arguments],
+                cwd=_ROOT,
+                env=env,
+                stdout=file,
+                stderr=subprocess.STDOUT,
             )
+            if slot.cores is not None:
+                os.sched_setaffinity(process.pid, slot.cores)
             self._running.add(process)
         code = process.wait()
         with self._lock:
@@ -174,7 +245,7 @@ class _Children:
 _CHILDREN = _Children()
 
 
-def execute(run: Run, cache: Path, device: int | None = None) -> str | None:
+def execute(run: Run, cache: Path, slot: Slot = ALL) -> str | None:
     """Does what is left of a run, each stage a process of its own.
 
     Returns:
@@ -184,29 +255,57 @@ def execute(run: Run, cache: Path, device: int | None = None) -> str | None:
         return None
     run.directory.mkdir(parents=True, exist_ok=True)
     run.failed.unlink(missing_ok=True)
-    # Runs of an arm are one program: it is compiled once.
-    env = dict(os.environ, JAX_COMPILATION_CACHE_DIR=str(cache))
-    if device is not None:
-        env["CUDA_VISIBLE_DEVICES"] = str(device)
     for name, arguments in run.stages:
         workdir, log = run.directory / name, run.directory / f"{name}.log"
         _wait_for(workdir)
-        train = [sys.executable, "-m", "experiments.train", *arguments, "--workdir", str(workdir)]
-        code = _CHILDREN.call(train, log, env)
+        train = ["-m", "experiments.train", *arguments, "--workdir", str(workdir)]
+        began = time.monotonic()
+        code = _CHILDREN.call(train, log, cache, slot)
+        seconds = _spent(run, time.monotonic() - began)
         if code is None:
             return "stopped"
         if code:
-            lines = log.read_text("utf-8", "replace").replace("\r", "\n").splitlines()
-            kept = [line for line in lines if line.strip()][-_LINES:]
-            at = next((i for i, line in enumerate(kept) if line.startswith("error:")), 0)
-            reason = f"{name} ended with exit code {code}:\n" + "\n".join(kept[at:])
+            reason = f"{name} ended with exit code {code}:\n{_end_of(log)}"
             write_atomically(run.failed, json.dumps({"reason": reason}, indent=2))
             return reason
-    scores: dict[str, Any] = {}
+    manifest = json.loads((workdir / "manifest.json").read_text("utf-8"))
+    scores: dict[str, Any] = {"seconds": seconds, "order": manifest[-1].get(ORDER, "")}
     for row in read_metrics(workdir / "metrics.jsonl"):
         scores |= {k: v for k, v in row.items() if k.startswith(("eval/", "perf/", "train/"))}
     write_atomically(run.finished, json.dumps(scores, indent=2))
     return None
+
+
+def _spent(run: Run, seconds: float) -> float:
+    """Adds to the time that a run has taken, interruptions left out; all of it."""
+    clock = run.directory / "seconds.json"
+    if clock.exists():
+        seconds += json.loads(clock.read_text("utf-8"))
+    write_atomically(clock, json.dumps(seconds))
+    return seconds
+
+
+def _end_of(log: Path) -> str:
+    """The last lines, from the error on if there is one."""
+    lines = log.read_text("utf-8", "replace").replace("\r", "\n").splitlines()
+    kept = [line for line in lines if line.strip()][-_LINES:]
+    at = next((i for i, line in enumerate(kept) if line.startswith("error:")), 0)
+    return "\n".join(kept[at:])
+
+
+def measure(directory: Path, cache: Path, slot: Slot = ALL) -> str | None:
+    """What the arms of a study cost when they run: `mmjax.study.speed`, as a process of its own.
+
+    Returns:
+      None, or why it failed.
+    """
+    if (directory / COSTS).exists():
+        return None
+    log = directory / "costs.log"
+    code = _CHILDREN.call(["-m", "mmjax.study.speed", str(directory)], log, cache, slot)
+    if code is None:
+        return "stopped"
+    return f"exit code {code}:\n{_end_of(log)}" if code else None
 
 
 def _wait_for(workdir: Path) -> None:
@@ -243,9 +342,13 @@ def run_study(
     arms = plan(study)
     with _Claim(directory, study):
         _CHILDREN.start()
-        failures: dict[str, str] = {}
+        before = [run_before(study, name, directory) for name in study.before]
+        failures = _run_all(before, directory, executor, say, "before")
+        if failures:
+            text = "\n".join(f"{name}: {reason}" for name, reason in failures.items())
+            raise StudyError(f"All arms need runs that failed:\n{text}")
         search = [make_run(study, arm, rate, 0, directory) for arm in arms for rate in study.rates]
-        failures |= _run_all(search, directory, executor, say, "search of rates")
+        failures = _run_all(search, directory, executor, say, "search of rates")
         rates = choose_rates(read_rows(search), study.metric)
         seeds = [
             make_run(study, arm, rates[arm.name], seed, directory)
@@ -254,11 +357,27 @@ def run_study(
             for seed in range(1, study.seeds)
         ]
         failures |= _run_all(seeds, directory, executor, say, "seeds")
-        rows = read_rows([*search, *seeds])
-        write_tables(directory, rows, summarise(rows, rates))
-        losses = read_losses([*search, *seeds], rates)
+        runs = [*search, *seeds]
+        rows = read_rows(runs)
+        summary = summarise(rows, rates)
+        write_tables(directory, rows, summary)
         costs = arm_costs(study, arms)
-        write_report(directory, study, rows, rates, costs, losses, failures)
+        if rates and TOKENS in costs:
+            say("costs: measuring latency and memory.")
+            job = executor.submit(measure, directory, directory / "compiled")
+            try:
+                reason = job.result()
+            except BaseException:
+                _CHILDREN.stop()
+                raise
+            if reason is None:
+                costs = costs.merge(read_costs(directory), on="arm", how="left")
+            else:
+                failures["costs"] = reason
+        results = Results(
+            rows, rates, costs, read_losses(runs, rates), read_answers(study, runs, rates)
+        )
+        write_report(directory, study, results, failures)
     return failures
 
 
@@ -278,7 +397,7 @@ def _run_all(
     try:
         while jobs:
             run, job = jobs.popleft()
-            name = str(run.directory.relative_to(directory / "runs"))
+            name = str(run.directory.relative_to(directory)).removeprefix("runs/")
             try:
                 reason = job.result()
             except Exception as error:  # the job, not the run: a node that was lost, say

@@ -3,6 +3,7 @@ tests."""
 
 import concurrent.futures
 import json
+import os
 import re
 import signal
 import subprocess
@@ -31,7 +32,7 @@ class Imitation:
         self.broken, self.stop_after = broken, stop_after
         self.called = []
 
-    def call(self, arguments, log, env):
+    def call(self, arguments, log, cache, slot):
         text = arguments[arguments.index("--config") + 1]
         batch, rate = re.search(r"batch=(\d+),lr=([\d.e-]+)", text).groups()
         seed = re.search(r"--config.seed=(\d+)", " ".join(arguments))[1]
@@ -47,6 +48,8 @@ class Imitation:
         # The larger batch likes the larger rate.
         score = 0.5 + 0.1 * (float(rate) > 5e-3) * (1 if int(batch) > 16 else -1) + 0.01 * int(seed)
         rows = [{"step": 1, "train/loss": 1.0}, {"step": 2, "eval/test/top1": score}]
+        (workdir / "manifest.json").write_text(json.dumps([{"order_sha256": str(seed)}]))
+        (workdir / "config.json").write_text(json.dumps({"evals": {"test": {}}}))
         (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return 0
 
@@ -80,8 +83,8 @@ def test_rates_then_seeds(tmp_path, monkeypatch):
     assert called == search + [(b, best[b], s) for b in (16, 32, 64) for s in (1, 2)]
     rows, summary = tables(tmp_path)
     assert len(rows) == 12
-    stored = pd.read_parquet(tmp_path / "rows.parquet")
-    pd.testing.assert_frame_equal(stored.astype({"batch": int}), rows, check_dtype=False)
+    stored = pd.read_parquet(tmp_path / "rows.parquet").astype({"batch": int, "order": int})
+    pd.testing.assert_frame_equal(stored, rows, check_dtype=False)
     assert summary.rate.tolist() == [1e-3, 1e-2, 1e-2] and (summary.seeds == 3).all()
     assert summary["eval/test/top1/mean"].tolist() == pytest.approx([0.51, 0.61, 0.61])
     assert summary["eval/test/top1/std"].tolist() == pytest.approx([0.01] * 3)
@@ -96,8 +99,19 @@ def test_an_interrupted_study_ends_with_the_same_tables(tmp_path, monkeypatch):
     for stop in (0, 3, 3, 3):
         assert run(tmp_path / "parts", monkeypatch, stop_after=stop)[0] is None
     run(tmp_path / "parts", monkeypatch)
-    for name in ("rows.csv", "summary.csv", "report.md"):
-        assert (tmp_path / "parts" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    clocks = ["seconds"]
+    for number in (0, 1):
+        one, other = (tables(tmp_path / name)[number] for name in ("parts", "whole"))
+        pd.testing.assert_frame_equal(
+            one.drop(columns=clocks, errors="ignore"), other.drop(columns=clocks, errors="ignore")
+        )
+    one, other = ((tmp_path / name / "report.md").read_text() for name in ("parts", "whole"))
+    assert without_seconds(one) == without_seconds(other)
+
+
+def without_seconds(report):
+    """The table of costs says how long runs took."""
+    return re.sub(r"## Costs.*?(?=\n!\[|\n## )", "", report, flags=re.S)
 
 
 def test_what_fails_does_not_stop_the_rest(tmp_path, monkeypatch):
@@ -146,9 +160,22 @@ def test_jobs_that_submitit_starts(tmp_path, monkeypatch):
 
 def test_one_process_a_device():
     local = Local((3, 5))
-    seen = [local.submit(lambda device: device) for _ in range(8)]
+    seen = [local.submit(lambda slot: slot.device) for _ in range(8)]
     assert {job.result() for job in concurrent.futures.as_completed(seen)} <= {3, 5}
-    assert Local(()).submit(lambda device: device).result() is None
+    assert Local(()).submit(lambda slot: slot).result() == runner.Slot()
+
+
+def test_several_processes_share_a_device_or_the_cores():
+    slots = runner._slots((3, 5), 3)
+    assert [slot.device for slot in slots] == [3, 5] * 3
+    assert {slot.memory for slot in slots} == {0.3}
+    cores = os.sched_getaffinity(0)
+    shares = [slot.cores for slot in runner._slots((), len(cores))]
+    assert set().union(*shares) == cores and sum(map(len, shares)) == len(cores)
+    with pytest.raises(StudyError, match="as many cores"):
+        Local((), len(cores) + 1)
+    with pytest.raises(StudyError, match="runs nothing"):
+        Local((), 0)
 
 
 def ablate(workdir, arg):
@@ -181,5 +208,5 @@ def test_a_real_study_that_is_killed(tmp_path):
         process = subprocess.Popen(ablate(tmp_path / "parts", "seeds=2,rates=2"), cwd=ROOT)
     assert process.wait(300) == 0
     whole, parts = (tables(tmp_path / name)[0] for name in ("whole", "parts"))
-    columns = [name for name in whole if not name.startswith("perf/")]
+    columns = [name for name in whole if not name.startswith(("perf/", "seconds"))]
     pd.testing.assert_frame_equal(whole[columns], parts[columns])
