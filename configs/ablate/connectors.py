@@ -1,0 +1,72 @@
+"""Which connector, with how many tokens: the study of connectors, on two CPU cores.
+
+python -m experiments.ablate --study configs/ablate/connectors.py --workdir runs/connectors \
+    --processes 2
+
+An image encoder and a small language model are trained first; then, for each arm, connector and
+language model on questions about composed scenes (configs/connectors/scenes.py). Rates are chosen
+on validation scenes, arms are compared on others.
+
+- `:smoke` is the same study with a few steps, for tests.
+- `:full` is for one GPU: SmolLM2-135M-Instruct, 105 concepts and a larger encoder, several
+  processes at a time (`--processes 6`).
+"""
+
+from configs.connectors.scenes import CONNECTORS
+from mmjax.config import ConfigError
+from mmjax.registry import nearest
+from mmjax.study import Study
+
+KEEPS = ("linear", "mlp")  # a token of each feature
+TOKENS, ALL = (9, 36), 144
+FROZEN = ("pooling", "perceiver", "cross_attention")
+
+# As few tokens as the middle budget by half the resolution; and a language model that stays as it
+# is.
+BESIDE = {f"{name},tokens=36,res=24": dict(connector=name, tokens=36, res=24) for name in KEEPS} | {
+    f"{name},tokens=36,frozen LM": dict(connector=name, tokens=36, freeze="yes") for name in FROZEN
+}
+SKIP = [dict(connector=name, tokens=tokens) for name in KEEPS for tokens in TOKENS] + [
+    dict(connector=name, tokens=ALL) for name in CONNECTORS if name not in KEEPS
+]
+
+SIZES = {
+    "": dict(steps=200, batch=8, rates=(1e-3, 3e-3), seeds=3, eval=400, encoder=400, reader=1500),
+    "smoke": dict(steps=4, batch=2, rates=(2e-3,), seeds=1, eval=8, encoder=2, reader=2),
+    "full": dict(steps=600, batch=16, rates=(1e-4, 3e-4), seeds=3, eval=1000, encoder=1600),
+}
+
+
+def get_study(arg: str | None = None) -> Study:
+    """See the module.
+
+    Args:
+      arg: "smoke", "full", or nothing.
+    """
+    size, full = arg or "", arg == "full"
+    if size not in SIZES:
+        raise ConfigError(f"{size!r} is no size of this study; {nearest(size, SIZES)}")
+    sizes = SIZES[size]
+    concepts, encoder = ("small", "Xs") if full else ("tiny", "Xxs")
+    before = dict(
+        encoder=f"configs/siglip/tiles.py:concepts={concepts},size={encoder},"
+        f"steps={sizes['encoder']}"
+    )
+    arguments = dict(concepts=concepts, size=encoder)
+    if full:
+        arguments["lm"] = "smollm2"
+    else:
+        before["lm"] = f"configs/lm/scenes.py:concepts={concepts},steps={sizes['reader']}"
+    return Study(
+        config="configs/connectors/scenes.py",
+        axes=dict(connector=tuple(CONNECTORS), tokens=(*TOKENS, ALL)),
+        metric="eval/validation/accuracy",
+        score="eval/test/accuracy",
+        rates=sizes["rates"],
+        seeds=sizes["seeds"],
+        before=before,
+        skip=SKIP,
+        beside=BESIDE,
+        arguments=arguments | {name: sizes[name] for name in ("steps", "batch", "eval")},
+        slurm=dict(timeout_min=60, cpus_per_task=2),
+    )

@@ -1,0 +1,243 @@
+"""A vision-language model on composed scenes whose connector is the question: the arms of
+configs/ablate/connectors.py.
+
+python -m experiments.train --config configs/siglip/tiles.py:size=Xxs,concepts=tiny,steps=400 \
+    --workdir runs/encoder
+python -m experiments.train --config configs/lm/scenes.py --workdir runs/reader
+python -m experiments.train --workdir runs/perceiver \
+    --config configs/connectors/scenes.py:connector=perceiver,tokens=36
+
+The encoder stays as it is. It reads a scene tile by tile, and its features are one grid of 12 x 12
+(6 x 6 where tiles are small), which a connector makes `tokens` of. All connectors are about equally
+large where they have a size to choose. Connector and language model are trained, by the loss of
+answers alone.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import weights
+from configs.lm import scenes as reader
+from mmjax import convert
+from mmjax.config import ConfigError, parse_arg
+from mmjax.data.scenes import CELL
+from mmjax.evaluate.sheets import ICONS_NOTE
+from mmjax.models.sizes import vit_size
+from mmjax.registry import nearest
+from mmjax.train.experiment import base_config
+
+PATCH, SIDE = 12, 3  # pixels of a patch; tiles along a side of the board
+
+
+def _mlp(hidden: int) -> dict[str, Any]:
+    return dict(name="mlp", hidden=hidden)
+
+
+def _side(tokens: int) -> int:
+    """Of a square grid of so many tokens.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise ConfigError(
+            f"tokens={tokens} is no square, and this connector makes a square grid of them: the "
+            f"nearest are {side**2} and {(side + 1) ** 2}."
+        )
+    return side
+
+
+def _kept(connector: dict[str, Any]) -> Callable[[int, int], dict[str, Any]]:
+    def make(tokens: int, grid: int) -> dict[str, Any]:
+        if tokens != grid**2:
+            raise ConfigError(
+                f"The connector {connector['name']!r} makes a token of each of the {grid} x {grid} "
+                f"features: tokens={grid**2}, not {tokens}; or tiles of another size, with res."
+            )
+        return connector
+
+    return make
+
+
+def _pixel_shuffle(tokens: int, grid: int) -> dict[str, Any]:
+    side = _side(tokens)
+    if grid % side:
+        fitting = [(grid // f) ** 2 for f in range(1, grid + 1) if grid % f == 0]
+        best = min(fitting, key=lambda count: abs(count - tokens))
+        raise ConfigError(
+            f"The connector 'pixel_shuffle' makes no {tokens} tokens of a grid of {grid} x {grid}; "
+            f"the nearest that it can is {best}."
+        )
+    factor = grid // side
+    # Wide squares need a narrow layer between them and the tokens.
+    return dict(name="pixel_shuffle", factor=factor, projection=_mlp(128 if factor > 2 else 416))
+
+
+def _perceiver(tokens: int, grid: int, **options: Any) -> dict[str, Any]:
+    return dict(
+        name="perceiver", latents=tokens, depth=2, heads=4, head_dim=32, mlp_ratio=2, **options
+    )
+
+
+# {name: (tokens, side of the grid of features) -> the connector}
+CONNECTORS: dict[str, Callable[[int, int], dict[str, Any]]] = {
+    "linear": _kept(dict(name="linear")),
+    "mlp": _kept(_mlp(1024)),
+    "pooling": lambda tokens, grid: dict(
+        name="pooling", grid=(_side(tokens),) * 2, projection=_mlp(1024)
+    ),
+    "pixel_shuffle": _pixel_shuffle,
+    "c_abstractor": lambda tokens, grid: dict(
+        name="c_abstractor", grid=(_side(tokens),) * 2, width=144, depth=2
+    ),
+    "perceiver": _perceiver,
+    "qformer": lambda tokens, grid: dict(
+        name="qformer", queries=tokens, width=112, depth=2, heads=4, mlp_width=128, cross_every=1
+    ),
+    # Gated cross-attention between the language model's blocks, as Flamingo: its visual tokens are
+    # a resampler's.
+    "cross_attention": _perceiver,
+}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """See the module.
+
+    Args:
+      arg: connector, a name in `CONNECTORS`; tokens, that it makes of a scene; res, the side of a
+        tile in pixels: 48, as drawn, or 24; feature, the block of the encoder whose output is read
+        (-1: the last); freeze, of the language model: "no" or "yes"; encoder, the run whose image
+        tower is taken; size, of it; lm, a run of configs/lm/scenes.py or "smollm2"; concepts;
+        steps, batch (scenes), questions (of each scene), lr; eval (questions of new scenes; half as
+        many choose between rates).
+    """
+    arg = parse_arg(
+        arg,
+        connector="mlp",
+        tokens=144,
+        res=CELL,
+        feature=-1,
+        freeze="no",
+        encoder="runs/encoder",
+        size="Xxs",
+        lm="runs/reader",
+        concepts="tiny",
+        steps=200,
+        batch=8,
+        questions=12,
+        lr=2e-3,
+        eval=300,
+    )
+    if arg.connector not in CONNECTORS:
+        raise ConfigError(f"connector={arg.connector}; {nearest(arg.connector, CONNECTORS)}")
+    if arg.res % PATCH:
+        raise ConfigError(f"res={arg.res} is no multiple of the patch of {PATCH} pixels.")
+    if arg.freeze not in ("no", "yes"):
+        raise ConfigError(f"freeze={arg.freeze}; {nearest(arg.freeze, ('no', 'yes'))}")
+    tokenizer: dict[str, Any] = dict(name="run", directory=arg.lm)
+    lm, words, image_token = reader.MODEL, arg.lm, 1  # "<unk>", which no text has
+    if arg.lm == "smollm2":
+        words, image_token = weights.SMOLLM2, 6  # "<filename>"
+        tokenizer = dict(name="gguf", path=words)
+        lm = dataclasses.asdict(convert.open_checkpoint(words).config)
+    grid = SIDE * arg.res // PATCH
+    crosses = arg.connector == "cross_attention"
+    connector = CONNECTORS[arg.connector](arg.tokens, grid)
+    model = dict(
+        name="vlm",
+        encoder=dict(
+            image_size=arg.res,
+            **vit_size(f"{arg.size}/{PATCH}"),
+            activation="gelu_tanh",
+            norm_eps=1e-6,
+            pooling="none",
+            position="sincos2d",
+        ),
+        connector=dict(name="board", rows=SIDE, columns=SIDE, whole=connector),
+        lm=lm,
+        image_token=image_token,
+        features=(arg.feature,),
+        features_norm=True,
+    )
+    if crosses:
+        model |= dict(
+            name="flamingo", gated=dict(heads=4, head_dim=32, mlp_width=256), every=2, after=0
+        )
+    length = (1 if crosses else arg.tokens) + 24 * arg.questions
+    targets = 4 * arg.questions
+
+    def data(split: str, **form) -> dict:
+        source = dict(
+            name="tfds",
+            dataset=f"scenes/{arg.concepts}",
+            split=split,
+            form=dict(name="questions") | form,
+        )
+        conversation = dict(
+            template="interleaved" if crosses else "qa",
+            max_len=length,
+            images=SIDE**2,
+            layout=dict(
+                name="board",
+                preset="siglip",
+                size=arg.res,
+                tokens=1 if crosses else arg.tokens,
+                rows=SIDE,
+                columns=SIDE,
+            ),
+            parents=True,
+            image_token=image_token,
+        )
+        return dict(sources=[source], conversation=conversation)
+
+    train = data("train", turns=arg.questions, apart=True)
+    train["conversation"] |= dict(max_targets=targets)
+    asked = dict(
+        name="vqa",
+        every=arg.steps,
+        max_new_tokens=6,
+        batch_size=32,
+        note=ICONS_NOTE,
+    )
+    kept = "(encoder|lm)/.*" if arg.freeze == "yes" else "encoder/.*"
+    return base_config(
+        task=dict(name="vlm", targets=targets),
+        model=model,
+        init=(("encoder/(.*)", arg.encoder, r"image/\1"), ("lm/(.*)", words, r"\1")),
+        data=dict(
+            tokenizer=tokenizer,
+            train=train,
+            workers=0,
+            threads=1,
+            prefetch=4,
+            max_bad_share=0.01,
+        ),
+        optimizer=dict(
+            name="adamw",
+            options=dict(b2=0.95),
+            learning_rate=arg.lr,
+            schedule=dict(name="cosine", warmup=arg.steps // 20),
+            weight_decay=0.01,
+            clip_norm=1.0,
+        ),
+        rules=dict(trainable=((kept, False), (".*", True))),
+        train=dict(steps=arg.steps, batch_size=arg.batch, log_every=max(arg.steps // 20, 1)),
+        checkpoint=dict(every=arg.steps),
+        evals=dict(
+            validation=asked
+            | dict(data=data("validation"), limit=arg.eval // 2, controls=(), title="Validation"),
+            test=asked
+            | dict(
+                data=data("test"),
+                limit=arg.eval,
+                controls=("blind", "shuffled"),
+                answers="test.jsonl",
+                title="New scenes",
+            ),
+        ),
+    )
