@@ -10,7 +10,7 @@ among them. Everything else is in the directories of the language model and of C
 trained with.
 
 The features are the patches after CLIP's last block and before its final norm, as open_clip gave
-them when these models were trained (its versions to 2.20; later ones give them after the norm).
+them when these models were trained (until its version 2.22; later ones give them after the norm).
 """
 
 from __future__ import annotations
