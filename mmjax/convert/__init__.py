@@ -8,6 +8,7 @@ from mmjax.convert.load import (
     model_config,
     open_checkpoint,
 )
+from mmjax.convert.openflamingo import load_openflamingo, save_openflamingo
 from mmjax.convert.peft import load_adapter, save_adapter
 from mmjax.convert.save import save_pretrained
 from mmjax.convert.table import ConversionError, Row
@@ -22,9 +23,11 @@ __all__ = [
     "Source",
     "from_pretrained",
     "load_adapter",
+    "load_openflamingo",
     "load_params",
     "model_config",
     "open_checkpoint",
     "save_adapter",
+    "save_openflamingo",
     "save_pretrained",
 ]

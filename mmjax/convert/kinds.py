@@ -112,6 +112,22 @@ def fused(*sizes: int, weight: str = ".weight", bias: str = ".bias") -> Kind:
     )
 
 
+@functools.cache
+def fused_by_head(heads: int) -> Kind:
+    """A linear layer [heads * 3 * d, inputs]: of each head query, key and value."""
+
+    def to_ours(x: Array) -> tuple[Array, ...]:
+        parts = x.reshape(heads, 3, -1, *x.shape[1:])
+        return tuple(parts[:, i].reshape(-1, *x.shape[1:]).T for i in range(3))
+
+    def to_theirs(*xs: Array) -> Array:
+        parts = [x.T.reshape(heads, -1, *x.shape[:-1]) for x in xs]
+        return jnp.stack(parts, axis=1).reshape(-1, *xs[0].shape[:-1])
+
+    both = Transform(to_ours, to_theirs)
+    return (Leaf(".weight", "/kernel", both), Leaf(".bias", "/bias", both))
+
+
 LINEAR: Kind = (Leaf(".weight", "/kernel", TRANSPOSED), Leaf(".bias", "/bias", SAME))
 # GPT-2's "Conv1D": a linear layer whose weight is [inputs, outputs].
 CONV1D: Kind = (Leaf(".weight", "/kernel", SAME), Leaf(".bias", "/bias", SAME))

@@ -111,7 +111,7 @@ def from_pretrained(
     dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
     config = with_fields(checkpoint.config, dtype=dtype.name)
     graph, params = load(
-        checkpoint._replace(config=config), _where(mesh, rules), lambda path, shape: dtype
+        checkpoint._replace(config=config), placement(mesh, rules), lambda path, shape: dtype
     )
     if image_size is not None:
         config, params = resize.resized(config, params, image_size)
@@ -246,9 +246,14 @@ def _is_vector(path: str, shape: Sequence[int]) -> bool:
     return len(shape) - ("layers" in path.split("/")) <= 1
 
 
-def _where(
+def placement(
     mesh: Mesh | None, table: rule_tables.Table | None
 ) -> Callable[[Params], Mapping[str, Sharding]]:
+    """Where parameters go: on a mesh by a table (`mmjax.sharding.DEFAULT_RULES` if None).
+
+    Raises:
+      ValueError: if there is a table but no mesh.
+    """
     if mesh is None:
         if table is not None:
             raise ValueError("rules say how parameters lie on a mesh: give the mesh too.")

@@ -97,8 +97,8 @@ def save_pretrained(
     origin: Origin | None = vars(model).get("origin")
     name, entries, content = describe(model, params, origin, architecture)
     dtype = None if dtype is None else np.dtype(jnp.dtype(dtype))
-    items = [_item(entry, params, dtype) for entry in entries]
-    largest = max(items, key=lambda item: item.size)
+    items = [item(entry, params, dtype) for entry in entries]
+    largest = max(items, key=lambda one: one.size)
     content |= {"architectures": [name], "dtype": largest.dtype.name}
     content.pop("torch_dtype", None)
     first = jax.process_index() == 0
@@ -169,13 +169,13 @@ def say(family: Family, config: Any, names: frozenset[str]) -> PretrainedConfig:
       ValueError: if the family computes something else.
     """
     hf = family.to_hf(config)
-    difference = _difference(family.from_hf(Source(hf, names, None)), config)
-    if difference:
-        raise ValueError(f"it cannot say {', '.join(difference)}")
+    differing = difference(family.from_hf(Source(hf, names, None)), config)
+    if differing:
+        raise ValueError(f"it cannot say {', '.join(differing)}")
     return hf
 
 
-def _difference(theirs: Any, ours: Any) -> list[str]:
+def difference(theirs: Any, ours: Any) -> list[str]:
     """Fields that differ, but for those of running and training."""
     theirs, ours = (_flat(with_fields(config, **_RUNTIME)) for config in (theirs, ours))
     return [
@@ -207,7 +207,7 @@ def _content(
     if original.get("model_type") != family.model_type:
         return new
     before = family.from_hf(Source(transformers_config(original, origin.directory), names, None))
-    if not _difference(before, config):
+    if not difference(before, config):
         return original
     old = json.loads(family.to_hf(before).to_json_string(use_diff=False))
     return _with_changes(original, old, new)
@@ -226,7 +226,8 @@ def _with_changes(original: dict, old: dict, new: dict) -> dict[str, Any]:
     return result
 
 
-def _item(entry: Entry, params: Mapping[str, Any], dtype: np.dtype | None) -> Item:
+def item(entry: Entry, params: Mapping[str, Any], dtype: np.dtype | None) -> Item:
+    """One tensor to write; `dtype` None: as it is here."""
     arrays = [params[path] for path in entry.paths]
     kind = np.dtype(arrays[0].dtype) if dtype is None else dtype
 

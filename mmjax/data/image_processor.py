@@ -194,6 +194,13 @@ _CROPPED = {
     "image_mean": PRESETS["clip"].mean,
     "image_std": PRESETS["clip"].std,
 }
+_SQUASHED = {
+    "do_convert_rgb": True,
+    "size": _SQUARE,
+    "resample": Image.Resampling.BICUBIC,
+    "image_mean": PRESETS["clip"].mean,
+    "image_std": PRESETS["clip"].std,
+}
 
 RECIPES: Registry[Recipe] = Registry("image processor")
 RECIPES.register("ViTImageProcessor")(
@@ -216,16 +223,13 @@ RECIPES.register("SiglipImageProcessor")(
 )
 RECIPES.register("BlipImageProcessor")(
     Recipe(
-        {
-            "do_convert_rgb": True,
-            "size": {"height": 384, "width": 384},
-            "resample": Image.Resampling.BICUBIC,
-            "image_mean": PRESETS["clip"].mean,
-            "image_std": PRESETS["clip"].std,
-        },
+        _SQUASHED | {"size": {"height": 384, "width": 384}},
         _whole_images,
         ALL_OPTIONS - PATCH_OPTIONS,
     )
+)
+RECIPES.register("IdeficsImageProcessor")(
+    Recipe(_SQUASHED, _whole_images, ALL_OPTIONS - PATCH_OPTIONS)
 )
 RECIPES.register("Siglip2ImageProcessor")(
     Recipe(

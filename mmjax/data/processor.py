@@ -43,6 +43,7 @@ _CLASS_OF_MODEL = {
     "llava": "CLIPImageProcessor",
     "llava_next": "LlavaNextImageProcessor",
     "paligemma": "SiglipImageProcessor",
+    "idefics": "IdeficsImageProcessor",
 }
 # Text towers that learnt at one length, padding included (SigLIP attends to it; CLIP's were always
 # that long): their text is padded to the whole length.
@@ -84,6 +85,8 @@ class Processor:
         facts = _text_facts(config)
         self._vocab_size = facts.get("vocab_size")
         if self._vocab_size is not None:
+            # IDEFICS has tokens of its own beside those of its language model.
+            self._vocab_size += facts.get("additional_vocab_size", 0)
             check_vocabulary(tokenizer, self._vocab_size)
         if tokenizer.model_max_length < _NO_LIMIT:
             self.max_length = tokenizer.model_max_length
@@ -258,6 +261,8 @@ def load_processor(directory: str | os.PathLike) -> Processor:
     - A text that is too long is an error unless `truncation=True`, for SigLIP 2 as well.
     - Text of SigLIP models is lower-cased even where their tokenizer forgets to (the
       fixed-resolution SigLIP 2 checkpoints).
+    - IdeficsProcessor lets what follows an end token see no image before the next one; here it sees
+      the last one.
 
     Raises:
       DataNotFoundError: no such directory, or nothing of a processor in it.

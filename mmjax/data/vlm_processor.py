@@ -63,6 +63,7 @@ class Sight:
       plan: (width, height) of an image -> its `Plan`.
       views: image -> what `images` makes pictures of: the image itself, or its tiles.
       token: stands for an image in a text and, once it is laid out, at each visual place.
+      id_field: of the model's config, which says the id of `token`; None: it does not.
       inserted: whether images whose places no text says go before the texts.
       prompt: a text, with its `token`s -> what is encoded.
       special_tokens: whether the tokenizer adds those of begin and end by itself.
@@ -75,6 +76,7 @@ class Sight:
     plan: Callable[[int, int], Plan]
     views: Callable[[Image.Image], list[Image.Image]] = lambda image: [image]
     token: str = "<image>"
+    id_field: str | None = "image_token_id"
     inserted: bool = False
     prompt: Callable[[str], str] = lambda text: text
     special_tokens: bool = True
@@ -90,6 +92,7 @@ CLASS_OF_MODEL = {
     "idefics3": "Idefics3Processor",
     "smolvlm": "SmolVLMProcessor",
     "blip-2": "Blip2Processor",
+    "idefics": "IdeficsProcessor",
 }
 
 
@@ -120,7 +123,8 @@ class VLMProcessor(Processor):
         super().__init__(directory, self.sight.images, facts.tokenizer, config)
         self._side = self.sight.side
         self._template = template
-        here, there = self.sight.token, facts.model and facts.model.image_token_id
+        here, field = self.sight.token, self.sight.id_field
+        there = getattr(facts.model, field) if facts.model and field else None
         self.token_id = facts.tokenizer.convert_tokens_to_ids(here)
         agreed(f"the id of {here!r}", self.token_id, there)
 
@@ -557,4 +561,37 @@ def _blip2(facts: Facts) -> Sight:
         inserted=True,
         prompt=prompt,
         special_tokens=False,
+    )
+
+
+@PROCESSORS.register("IdeficsProcessor")
+def _idefics(facts: Facts) -> Sight:
+    options = dict(facts.images)
+    side = options.pop("image_size", None)  # as it was called first; it goes before `size`
+    size = {} if side is None else {"size": {"height": side, "width": side}}
+    channels = options.pop("image_num_channels", 3)
+    if channels != 3:
+        raise ProcessorConfigError(f"image_num_channels={channels}: pictures are RGB here, 3.")
+    images = ImageProcessor("IdeficsImageProcessor", options | size)
+    side = picture_side(images, facts.model)
+    token, begin, around = Sight.token, facts.tokenizer.bos_token, idefics3.AROUND
+
+    def prompt(text: str) -> str:
+        # Between images that follow each other there is one token, and around them no spaces.
+        laid = re.sub(
+            f" *((?:{token} *)+)",
+            lambda run: around + run[1].count(token) * (token + around),
+            text.strip(" "),
+        )
+        return begin + laid
+
+    # Where an image is, one token stands; what it looks like is not in the text.
+    return Sight(
+        images,
+        (side, side),
+        1,
+        _whole(1),
+        prompt=prompt,
+        special_tokens=False,
+        id_field=None,
     )

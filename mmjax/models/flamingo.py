@@ -234,6 +234,7 @@ class Interleaved:
         *,
         mask: Mask | None,
         rotation: Rotation | None,
+        bias: Array | None,
         layers: Layers | None,
         rng: Key | None,
     ) -> tuple[Float[Array, "b t d"], None]:
@@ -242,7 +243,7 @@ class Interleaved:
             raise ValueError("A Flamingo's blocks give no features, and are not dropped.")
 
         def call(block, x, **given):
-            return block(x, **given), ()
+            return block(x, bias=bias, **given), ()
 
         return self._run(x, mask, rotation, layers, call)[0], None
 
@@ -253,12 +254,15 @@ class Interleaved:
         *,
         mask: Mask | None,
         rotation: Rotation | None,
+        bias: Array | None,
         layers: Layers | None,
     ) -> tuple[Float[Array, "b t d"], tuple[KV, ...]]:
         """See `Stack.prefill`."""
-        x, caches = self._run(
-            x, mask, rotation, layers, lambda block, x, **given: block.with_cache(x, **given)
-        )
+
+        def call(block, x, **given):
+            return block.with_cache(x, bias=bias, **given)
+
+        x, caches = self._run(x, mask, rotation, layers, call)
         room = ((0, 0), (0, 0), (0, length - x.shape[1]), (0, 0))
         return x, tuple(
             KV(*(jnp.pad(stacked[divmod(layer, self.every)], room) for stacked in caches))

@@ -1,7 +1,7 @@
-"""Decoder-only language models: Llama, Qwen 2 and 3, Mistral, Gemma 1 to 3, OPT and GPT-2.
+"""Decoder-only language models: Llama, Qwen, Mistral, Gemma, OPT, GPT-2, GPT-NeoX and MPT.
 
 They are one transformer with options: where norms stand and of which kind, rotary or learned
-positions, layers that look back a few tokens only, caps on logits. A config says which.
+positions or none, layers that look back a few tokens only, caps on logits. A config says which.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from flax import nnx
 
 from mmjax.models.checks import check_dtype
 from mmjax.nn import masks
+from mmjax.nn.alibi import alibi
 from mmjax.nn.attention import KV
 from mmjax.nn.linear import Embedding, Linear, project
 from mmjax.nn.norm import NORMS
@@ -39,7 +40,9 @@ class LMConfig:
       activation: a name in `mmjax.nn.mlp.ACTIVATIONS`. Checkpoints differ in it.
       norm_eps: of all norms.
       tied: whether the token table is the output head as well.
-      rope: rotary embedding of queries and keys. None: learned positions are added to the tokens.
+      rope: rotary embedding of queries and keys. None: learned positions are added to the tokens,
+        unless there is `alibi`.
+      alibi: see `mmjax.nn.alibi`; None for none.
       norm: a name in `NORMS`, of all norms.
       norm_placement: see `BlockConfig`.
       final_norm: whether there is a norm after the last block.
@@ -89,6 +92,7 @@ class LMConfig:
     window: int | None = None
     window_layers: tuple[int, ...] | None = None
     window_rope: Rope | None = None
+    alibi: float | None = None
     scale_embeddings: bool = False
     embed_width: int | None = None
     position_offset: int = 0
@@ -134,10 +138,12 @@ class LMConfig:
                 )
         if self.rope is None and self.window_rope is not None:
             raise ValueError("window_rope without rope: give both, or learned positions only.")
-        if self.rope is not None and self.position_offset:
+        if self.rope is not None and self.alibi is not None:
+            raise ValueError("rope and alibi both say where tokens are: give one of them.")
+        if not self.learned_positions and self.position_offset:
             raise ValueError(
                 f"position_offset={self.position_offset} is a row of a position table, which there "
-                "is not with a rotary embedding."
+                "is not with a rotary embedding or alibi."
             )
 
     @property
@@ -146,9 +152,14 @@ class LMConfig:
         return self.width // self.heads if self.head_dim is None else self.head_dim
 
     @property
+    def learned_positions(self) -> bool:
+        """Whether there is a table of positions."""
+        return self.rope is None and self.alibi is None
+
+    @property
     def limit(self) -> int | None:
         """The longest text that the model can take, in tokens; None if there is no limit."""
-        return self.max_len if self.rope is None else None
+        return self.max_len if self.learned_positions else None
 
     @property
     def block(self) -> BlockConfig:
@@ -231,8 +242,9 @@ class LM(nnx.Module):
         mapped = embed_width != width
         self.embed_in = Linear(embed_width, width, bias=False, rngs=rngs) if mapped else None
         rows = config.position_offset + config.max_len
-        learned = config.rope is None
-        self.position = Embedding(rows, width, init=init, rngs=rngs) if learned else None
+        self.position = (
+            Embedding(rows, width, init=init, rngs=rngs) if config.learned_positions else None
+        )
         self.decoder = Stack(
             config.block,
             config.depth,
@@ -287,7 +299,13 @@ class LM(nnx.Module):
         rotation, layers = self._layers(positions)
         attention = self._attention(x.shape[1], mask, attention)
         x, outputs = self.decoder.run(
-            x, features, mask=attention, rotation=rotation, layers=layers, rng=rng
+            x,
+            features,
+            mask=attention,
+            rotation=rotation,
+            bias=self._bias(positions),
+            layers=layers,
+            rng=rng,
         )
         hidden = self._finish(x)
         return LMOutput(self.logits(hidden), hidden, outputs)
@@ -337,7 +355,12 @@ class LM(nnx.Module):
         rotation, layers = self._layers(positions)
         attention = self._attention(x.shape[1], mask, attention)
         x, caches = self.decoder.prefill(
-            x, length, mask=attention, rotation=rotation, layers=layers
+            x,
+            length,
+            mask=attention,
+            rotation=rotation,
+            bias=self._bias(positions),
+            layers=layers,
         )
         cache = Cache(
             layers=caches,
@@ -365,7 +388,13 @@ class LM(nnx.Module):
             window=self.config.window if layers is None else None,
         )
         x, caches = self.decoder.step(
-            x, cache.layers, cache.slot, mask=attention, rotation=rotation, layers=layers
+            x,
+            cache.layers,
+            cache.slot,
+            mask=attention,
+            rotation=rotation,
+            bias=self._bias(_positions(slots, valid)),
+            layers=layers,
         )
         logits = self.logits(self._finish(x[:, 0]))
         logits = jnp.where(cache.slot < slots, logits, jnp.nan)
@@ -410,6 +439,11 @@ class LM(nnx.Module):
     def _finish(self, x: Float[Array, "*b d"]) -> Float[Array, "*b e"]:
         x = x if self.final_norm is None else self.final_norm(x)
         return x if self.embed_out is None else self.embed_out(x)
+
+    def _bias(self, positions: Int[Array, "#b k"]) -> Float[Array, "#b h 1 k"] | None:
+        """Of attention to keys at these places."""
+        largest = self.config.alibi
+        return None if largest is None else alibi(positions, self.config.heads, largest)
 
     def _layers(self, positions: Array) -> tuple[Rotation | None, Layers | None]:
         """The rotation of all layers, or else what they differ in."""

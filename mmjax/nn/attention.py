@@ -34,7 +34,7 @@ def attend(
     *,
     scale: float | Float[Array, ""] | None = None,
     softcap: float | None = None,
-    bias: Float[Array, "#b h q k"] | None = None,
+    bias: Float[Array, "#b h #q k"] | None = None,
     kernel: str | None = None,
 ) -> Float[Array, "b q h d"]:
     """Scaled dot-product attention, by the fastest kernel that is correct for its arguments.
@@ -198,7 +198,7 @@ def attend_cached(
     *,
     scale: float | Float[Array, ""] | None = None,
     softcap: float | None = None,
-    bias: Float[Array, "#b h q k"] | None = None,
+    bias: Float[Array, "#b h #q k"] | None = None,
 ) -> Float[Array, "b q h d"]:
     """`attend` for few queries and the keys and values of a cache; no derivative of its own."""
     batch, length, heads, width = query.shape
@@ -292,7 +292,7 @@ class Attention(nnx.Module):
         mask: Mask | None = None,
         rotation: Rotation | None = None,
         scale: float | Float[Array, ""] | None = None,
-        bias: Float[Array, "#b h q k"] | None = None,
+        bias: Float[Array, "#b h #q k"] | None = None,
     ) -> Float[Array, "b q d"]:
         """Attend from `x` to `context`, or to `x` itself where there is none.
 
@@ -312,7 +312,7 @@ class Attention(nnx.Module):
         mask: Mask | None = None,
         rotation: Rotation | None = None,
         scale: float | Float[Array, ""] | None = None,
-        bias: Float[Array, "#b h q k"] | None = None,
+        bias: Float[Array, "#b h #q k"] | None = None,
     ) -> tuple[Float[Array, "b q d"], KV]:
         """The same, and the keys and values, for `step`."""
         out, key, value = self._attend(x, context, None, mask, rotation, scale, bias)
@@ -327,7 +327,7 @@ class Attention(nnx.Module):
         mask: Mask,
         rotation: Rotation | None = None,
         scale: float | Float[Array, ""] | None = None,
-        bias: Float[Array, "#b h q k"] | None = None,
+        bias: Float[Array, "#b h #q k"] | None = None,
     ) -> tuple[Float[Array, "b q d"], KV]:
         """Attend from the next tokens to those of a cache, which they join.
 

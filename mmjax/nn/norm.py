@@ -28,6 +28,19 @@ class LayerNorm(nnx.Module):
         return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
+@NORMS.register("layernorm_unbiased")
+class UnbiasedLayerNorm(nnx.Module):
+    """Zero mean, unit variance, then scale alone, as in MPT."""
+
+    def __init__(self, width: int, *, eps: float):
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        y = _standardise(x.astype(jnp.float32), self.eps)
+        return (y * self.scale[...]).astype(x.dtype)
+
+
 @NORMS.register("rmsnorm")
 class RMSNorm(nnx.Module):
     """Unit root mean square, then scale (Zhang and Sennrich, 2019), as in Llama."""

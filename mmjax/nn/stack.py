@@ -37,7 +37,7 @@ REMAT.register("dots")(jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
 REMAT.register("all_dots")(jax.checkpoint_policies.dots_saveable)
 
 
-PLACEMENTS = ("pre", "post", "sandwich")
+PLACEMENTS = ("pre", "post", "sandwich", "parallel")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +48,8 @@ class BlockConfig:
       norm: a name in `NORMS`.
       norm_placement: of the norm of a branch f: "pre" is x + f(norm(x)), "post" norm(x + f(x)) (the
         original transformer, BERT), "sandwich" x + post_norm(f(norm(x))) (Gemma 2 and 3).
+        "parallel": both branches read the block's input, each through its norm: x + f(norm_f(x)) +
+        g(norm_g(x)) (GPT-NeoX).
       layer_scale: whether each branch is multiplied by a learned vector before it is added
         (Touvron et al., 2021; DINOv2).
       scale, softcap: of the attention logits.
@@ -115,6 +117,7 @@ class Block(nnx.Module):
 
         sandwich = config.norm_placement == "sandwich"
         self.post = config.norm_placement == "post"
+        self.parallel = config.norm_placement == "parallel"
         self.attention_norm = norm()
         self.attention = Attention(
             config.width,
@@ -150,7 +153,7 @@ class Block(nnx.Module):
         mask: Mask | None = None,
         rotation: Rotation | None = None,
         scale: float | Float[Array, ""] | None = None,
-        bias: Float[Array, "#b h n n"] | None = None,
+        bias: Float[Array, "#b h #n n"] | None = None,
         drop_rate: Float[Array, ""] | None = None,
         rng: Key | None = None,
     ) -> Float[Array, "b n d"]:
@@ -168,10 +171,14 @@ class Block(nnx.Module):
         mask: Mask | None = None,
         rotation: Rotation | None = None,
         scale: float | Float[Array, ""] | None = None,
+        bias: Float[Array, "#b h #n n"] | None = None,
     ) -> tuple[Float[Array, "b n d"], KV]:
         """The same, and the keys and values of its attention."""
         return self._run(
-            x, lambda y: self.attention.with_cache(y, mask=mask, rotation=rotation, scale=scale)
+            x,
+            lambda y: self.attention.with_cache(
+                y, mask=mask, rotation=rotation, scale=scale, bias=bias
+            ),
         )
 
     def step(
@@ -183,12 +190,13 @@ class Block(nnx.Module):
         mask: Mask,
         rotation: Rotation | None = None,
         scale: float | Float[Array, ""] | None = None,
+        bias: Float[Array, "#b h n k"] | None = None,
     ) -> tuple[Float[Array, "b n d"], KV]:
         """The next tokens, which attend to a cache and join it; see `Attention.step`."""
         return self._run(
             x,
             lambda y: self.attention.step(
-                y, cache, slot, mask=mask, rotation=rotation, scale=scale
+                y, cache, slot, mask=mask, rotation=rotation, scale=scale, bias=bias
             ),
         )
 
@@ -203,12 +211,13 @@ class Block(nnx.Module):
         first = None
         if rng is not None:
             rng, first = jax.random.split(rng)
+        start = x
         attended, cache = attend(x if self.post else self.attention_norm(x))
         if self.attention_post_norm is not None:
             attended = self.attention_post_norm(attended)
         x = x + _branch(attended, self.attention_scale, drop_rate, first)
         x = self.attention_norm(x) if self.post else x
-        fed = self.mlp(x if self.post else self.mlp_norm(x))
+        fed = self.mlp(x if self.post else self.mlp_norm(start if self.parallel else x))
         if self.mlp_post_norm is not None:
             fed = self.mlp_post_norm(fed)
         x = x + _branch(fed, self.mlp_scale, drop_rate, rng)
@@ -284,7 +293,7 @@ class Stack(nnx.Module):
         *,
         mask: Mask | None = None,
         rotation: Rotation | None = None,
-        bias: Float[Array, "#b h n n"] | None = None,
+        bias: Float[Array, "#b h #n n"] | None = None,
         layers: Layers | None = None,
         rng: Key | None = None,
         **inputs: Any,
@@ -348,6 +357,7 @@ class Stack(nnx.Module):
         *,
         mask: Mask | None = None,
         rotation: Rotation | None = None,
+        bias: Float[Array, "#b h #n n"] | None = None,
         layers: Layers | None = None,
     ) -> tuple[Float[Array, "b n d"], tuple[KV, ...]]:
         """The output of the last block, and a cache for `step`.
@@ -363,7 +373,7 @@ class Stack(nnx.Module):
 
         def step(x, inputs):
             layer, kind = inputs
-            return nnx.merge(graph, layer).with_cache(x, **options(table, kind))
+            return nnx.merge(graph, layer).with_cache(x, **options(table, kind), bias=bias)
 
         kinds = None if layers is None else np.array(layers.index, np.int32)
         x, caches = jax.lax.scan(step, x, (params, kinds))
@@ -381,6 +391,7 @@ class Stack(nnx.Module):
         *,
         mask: Mask,
         rotation: Rotation | None = None,
+        bias: Float[Array, "#b h n k"] | None = None,
         layers: Layers | None = None,
         before: Callable[[Array, int], Array] = lambda x, layer: x,
     ) -> tuple[Float[Array, "b n d"], tuple[KV, ...]]:
@@ -405,7 +416,7 @@ class Stack(nnx.Module):
                     "scale": kind.scale,
                 }
             x = before(x, layer)
-            x, cache = self.block(layer).step(x, caches[layer], slot, **options)
+            x, cache = self.block(layer).step(x, caches[layer], slot, bias=bias, **options)
             updated.append(cache)
         return x, tuple(updated)
 

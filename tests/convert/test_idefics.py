@@ -2,9 +2,16 @@
 
 import hf
 import numpy as np
+import parity
+import processors
 import pytest
 from towers import refused
 from vlms import IMAGE, check
+
+from experiments import generate
+from mmjax.data.idefics3 import AROUND
+from mmjax.data.image_options import ProcessorConfigError
+from mmjax.data.processor import load_processor
 
 transformers = hf.transformers()
 pytestmark = pytest.mark.torch
@@ -108,3 +115,63 @@ def test_refused(change, message):
     change(config)
     with pytest.raises(ValueError, match=message):
         refused("IdeficsForVisionText2Text", config)
+
+
+# Two images one after the other, apart, none, and one at the end; as a text, and as theirs.
+IMAGES = [processors.picture(seed, 20 + 9 * seed, 40) for seed in range(5)]
+TEXTS = ["a red <image> <image>dog :", "<image>\n cat\n<image>", "cat", " user : <image>"]
+PARTS = [
+    ["a red ", IMAGES[0], IMAGES[1], "dog :"],
+    [IMAGES[2], "\n cat\n", IMAGES[3]],
+    ["cat"],
+    [" user : ", IMAGES[4]],
+]
+
+
+def saved_processor(directory, **options):
+    from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
+
+    theirs = transformers.IdeficsProcessor(
+        IdeficsImageProcessorPil(**options), processors.tokenizer(AROUND, "<image>")
+    )
+    return theirs, processors.save(directory, theirs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"image_size": 24}, {"size": {"height": 18, "width": 18}, "image_mean": [0.1] * 3}],
+)
+def test_processor(options, tmp_path):
+    original, directory = saved_processor(tmp_path, **options)
+    wanted = original(text=PARTS, padding=True, padding_side="left", return_tensors="pt")
+    batch = load_processor(directory)(images=IMAGES, text=TEXTS)
+    np.testing.assert_array_equal(batch["tokens"], wanted["input_ids"])
+    np.testing.assert_array_equal(batch["mask"], wanted["attention_mask"].bool())
+    pixels = wanted["pixel_values"].numpy().transpose(0, 1, 3, 4, 2)
+    np.testing.assert_array_equal(batch["images"], pixels)
+    seen = np.maximum.accumulate(batch["place"], axis=1)[:, :, None] == np.arange(pixels.shape[1])
+    np.testing.assert_array_equal(seen, wanted["image_attention_mask"].bool())
+
+
+def test_processor_refuses(tmp_path):
+    _, directory = saved_processor(tmp_path, image_size=24, image_num_channels=1)
+    with pytest.raises(ProcessorConfigError, match="image_num_channels=1"):
+        load_processor(directory)
+
+
+def test_generate(tmp_path, capsys):
+    """The command, on a directory as transformers writes it; the tokens of images are new ones."""
+    config = config_for("as published")
+    original, directory = saved_processor(tmp_path, image_size=VISION["image_size"])
+    config.vocab_size = len(original.tokenizer) - config.additional_vocab_size
+    reference = transformers.IdeficsForVisionText2Text(config)
+    parity.save_hf(reference, directory)
+    file = tmp_path / "picture.png"
+    IMAGES[0].save(file)
+    inputs = original(text=[["a", IMAGES[0], "dog"]], return_tensors="pt")
+    ids = reference.generate(**inputs, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    said = original.tokenizer.decode(ids[0, -4:], skip_special_tokens=True)
+    assert said.strip()
+    options = ("--image", str(file), "--prompt", "a <image> dog", "--max-new-tokens", "4")
+    assert generate.main(["--weights", str(directory), *options]) == 0
+    assert capsys.readouterr().out == f"{said}\n"

@@ -224,6 +224,52 @@ PUBLISHED = {
             "vocab_size": 50257,
         },
     ),
+    "pythia-70m": (
+        "GPTNeoXForCausalLM",
+        70_426_624,
+        {
+            "model_type": "gpt_neox",
+            "hidden_act": "gelu",
+            "hidden_size": 512,
+            "intermediate_size": 2048,
+            "num_attention_heads": 8,
+            "num_hidden_layers": 6,
+            "rotary_emb_base": 10000,
+            "rotary_pct": 0.25,
+            "use_parallel_residual": True,
+            "vocab_size": 50304,
+        },
+    ),
+    "mpt-7b": (
+        "MptForCausalLM",
+        6_649_286_656,
+        {
+            "model_type": "mpt",
+            "architectures": ["MPTForCausalLM"],
+            "attn_config": {
+                "alibi": True,
+                "alibi_bias_max": 8,
+                "attn_impl": "torch",
+                "attn_pdrop": 0,
+                "attn_type": "multihead_attention",
+                "attn_uses_sequence_id": False,
+                "clip_qkv": None,
+                "prefix_lm": False,
+                "qk_ln": False,
+                "softmax_scale": None,
+            },
+            "d_model": 4096,
+            "expansion_ratio": 4,
+            "learned_pos_emb": True,
+            "logit_scale": None,
+            "max_seq_len": 2048,
+            "n_heads": 32,
+            "n_layers": 32,
+            "no_bias": True,
+            "norm_type": "low_precision_layernorm",
+            "vocab_size": 50432,
+        },
+    ),
 }
 
 
@@ -261,6 +307,13 @@ OLDER = {
         {"h.0.attn.bias": np.ones((1, 1, 4, 4), bool), "h.1.attn.masked_bias": np.float32([1.0])},
     ),
     "OPT": (lambda name: name.removeprefix("model."), {}),
+    "GPTNeoX": (
+        lambda name: name,
+        {
+            "gpt_neox.layers.0.attention.masked_bias": np.float32([-1e9]),
+            "gpt_neox.layers.1.attention.rotary_emb.inv_freq": np.ones(2, np.float32),
+        },
+    ),
     "Llama": (
         lambda name: name,
         {"model.layers.1.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32)},
@@ -318,6 +371,8 @@ def test_older_checkpoints_load(family, tmp_path):
         ("Qwen3", {"layer_types": [FULL, FULL]}, "cannot read the config.json"),
         ("GPT2", {"add_cross_attention": True}, "add_cross_attention"),
         ("OPT", {"activation_function": "elu"}, "activation_function='elu'"),
+        ("Mpt", {"no_bias": False}, "no_bias=False is not supported"),
+        ("Mpt", {"attn_config": {"qk_ln": True}}, "qk_ln=True is not supported"),
     ],
 )
 def test_options_that_we_do_not_compute_are_refused(family, options, message, tmp_path):

@@ -1,4 +1,4 @@
-"""Llama, Qwen, Mistral, Gemma, OPT and GPT-2 beside transformers: every option of their configs."""
+"""Language models beside transformers: every option of their configs."""
 
 import functools
 
@@ -44,6 +44,7 @@ OPT = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+MPT = {"vocab_size": VOCAB, "d_model": 24, "n_layers": 3, "n_heads": 4, "max_seq_len": 16}
 GPT2 = {
     "vocab_size": VOCAB,
     "n_embd": 24,
@@ -226,6 +227,18 @@ CASES = {
         | {"n_head": 5, "tie_word_embeddings": False, "activation_function": "relu"}
         | {"reorder_and_upcast_attn": True},
     ),
+    "GPTNeoX": (
+        LLAMA,
+        {"rope_parameters": rope("default", partial_rotary_factor=0.7)},
+        {"use_parallel_residual": False, "rotary_pct": 1.0, "hidden_act": "gelu_new"},
+        {"attention_bias": False, "tie_word_embeddings": True, "layer_norm_eps": 1e-2}
+        | {"rope_parameters": rope("linear", factor=3.0, partial_rotary_factor=0.4)},
+    ),
+    "Mpt": (
+        MPT,
+        {"n_heads": 3, "layer_norm_epsilon": 1e-2},
+        {"attn_config": {"softmax_scale": 0.3}, "tie_word_embeddings": False},
+    ),
 }
 CLASSES = {
     "Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"),
@@ -245,7 +258,8 @@ def reference(family, options):
 
 def layers_of(model):
     base = model.base_model
-    return getattr(base, "h", None) or getattr(base, "decoder", base).layers
+    named = [getattr(base, name) for name in ("h", "blocks") if hasattr(base, name)]
+    return named[0] if named else getattr(base, "decoder", base).layers
 
 
 def tokens():

@@ -79,6 +79,26 @@ CONFIGS = {
         tied=True,
         scale_by_depth=True,
     ),
+    "gpt_neox": dataclasses.replace(
+        LLAMA,
+        kv_heads=None,
+        rope=Rope(1000.0, dims=2),
+        norm="layernorm",
+        norm_placement="parallel",
+        gated=False,
+        activation="gelu",
+    ),
+    "mpt": dataclasses.replace(
+        LLAMA,
+        width=30,
+        heads=3,
+        kv_heads=None,
+        rope=None,
+        alibi=8.0,
+        norm="layernorm_unbiased",
+        gated=False,
+        activation="gelu",
+    ),
 }
 
 
