@@ -54,7 +54,7 @@ def get_study(arg: str | None = None) -> Study:
     )
     arguments = dict(concepts=concepts, size=encoder)
     if full:
-        arguments["lm"] = "smollm2"
+        arguments |= dict(lm="smollm2", dtype="bfloat16")
     else:
         before["lm"] = f"configs/lm/scenes.py:concepts={concepts},steps={sizes['reader']}"
     return Study(

@@ -113,8 +113,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         tile in pixels: 48, as drawn, or 24; feature, the block of the encoder whose output is read
         (-1: the last); freeze, of the language model: "no" or "yes"; encoder, the run whose image
         tower is taken; size, of it; lm, a run of configs/lm/scenes.py or "smollm2"; concepts;
-        steps, batch (scenes), questions (of each scene), lr; eval (questions of new scenes; half as
-        many choose between rates).
+        steps, batch (scenes), questions (of each scene), describe (share of
+        scenes that are to be described as well), lr; dtype; eval (questions of new scenes;
+        half as many choose between rates).
     """
     arg = parse_arg(
         arg,
@@ -130,7 +131,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         steps=200,
         batch=8,
         questions=12,
+        describe=0.5,
         lr=2e-3,
+        dtype="float32",
         eval=300,
     )
     if arg.connector not in CONNECTORS:
@@ -157,9 +160,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
             norm_eps=1e-6,
             pooling="none",
             position="sincos2d",
+            dtype=arg.dtype,
         ),
         connector=dict(name="board", rows=SIDE, columns=SIDE, whole=connector),
-        lm=lm,
+        lm=lm | dict(dtype=arg.dtype),
         image_token=image_token,
         features=(arg.feature,),
         features_norm=True,
@@ -168,8 +172,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         model |= dict(
             name="flamingo", gated=dict(heads=4, head_dim=32, mlp_width=256), every=2, after=0
         )
-    length = (1 if crosses else arg.tokens) + 24 * arg.questions
-    targets = 4 * arg.questions
+    # The longest question has some 24 tokens, the longest description some 64.
+    length = (1 if crosses else arg.tokens) + 24 * arg.questions + 72
+    targets = 4 * arg.questions + 64
 
     def data(split: str, **form) -> dict:
         source = dict(
@@ -195,7 +200,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
         )
         return dict(sources=[source], conversation=conversation)
 
-    train = data("train", turns=arg.questions, apart=True)
+    train = data(
+        "train",
+        turns=arg.questions,
+        apart=True,
+        caption=arg.describe,
+        caption_field="captions",
+    )
     train["conversation"] |= dict(max_targets=targets)
     asked = dict(
         name="vqa",
