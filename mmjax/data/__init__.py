@@ -4,6 +4,7 @@ from mmjax.data import (  # noqa: F401  (they register their sources and layouts
     anyres,
     easy_vqa,
     idefics3,
+    mllama,
     json_source,
     tfds_source,
     webdataset_source,

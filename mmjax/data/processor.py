@@ -43,6 +43,7 @@ _CLASS_OF_MODEL = {
     "llava": "CLIPImageProcessor",
     "llava_next": "LlavaNextImageProcessor",
     "paligemma": "SiglipImageProcessor",
+    "mllama": "MllamaImageProcessor",
 }
 # Text towers that learnt at one length, padding included (SigLIP attends to it; CLIP's were always
 # that long): their text is padded to the whole length.

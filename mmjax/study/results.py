@@ -80,8 +80,7 @@ def arm_costs(study: Study, arms: Iterable[Arm]) -> pd.DataFrame:
         _, shapes = params.abstract(lambda make=make, model=model: make(model, rngs=nnx.Rngs(0)))
         row: dict[str, Any] = {"arm": arm.name, "parameters": params.count(shapes)}
         if isinstance(model, VLMConfig):
-            width = model.encoder.width * len(model.features)
-            grid = model.encoder.grid
+            width, grid = model.feature_width, model.encoder.grid
             spent = cost(model.connector, width, model.visual_width, grid, extra=model.extra)
             row |= {
                 "visual tokens": spent.tokens,
