@@ -4,8 +4,8 @@ from mmjax.data import (  # noqa: F401  (they register their sources and layouts
     anyres,
     easy_vqa,
     idefics3,
-    mllama,
     json_source,
+    mllama,
     tfds_source,
     webdataset_source,
 )

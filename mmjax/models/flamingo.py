@@ -187,9 +187,13 @@ class FlamingoCache(NamedTuple):
 
 
 class GatedBlock(nnx.Module):
-    """Attention to visual tokens, then an MLP, each added to the stream as far as its gate says."""
+    """Attention to visual tokens, then an MLP, each added to the stream as far as its gate says.
 
-    def __init__(self, config: FlamingoConfig, *, rngs: nnx.Rngs):
+    Args:
+      config: of a model, with `gated`.
+    """
+
+    def __init__(self, config: VLMConfig, *, rngs: nnx.Rngs):
         width, gated = config.lm.width, config.gated
         shape = () if gated.gate == "scalar" else (width,)
 
