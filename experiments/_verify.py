@@ -220,6 +220,10 @@ def _mllama(model: Mllama, reference: Any) -> Iterator[Row]:
             (seen[:, :, None] & there).astype(np.int64), (rows, len(seen), *there.shape)
         ),
     )
+    seen = np.broadcast_to(shapes + 1, (rows, 2))
+    visual = _jitted(model, Mllama.encode_images, pixels.transpose(0, 1, 3, 4, 2), seen)
+    features = reference.model.multi_modal_projector(theirs.image_outputs.last_hidden_state)
+    yield "visual tokens", *_both(visual, features.detach().reshape(visual.shape))
     yield "logits", *_both(logits, theirs.logits)
 
 

@@ -4,13 +4,14 @@ import dataclasses
 import json
 
 import hf
+import jax
 import jax.numpy as jnp
 import numpy as np
 import parity
 import processors
 import pytest
 from flax import nnx
-from towers import long, quick, refused, same_files, saved_without_origin
+from towers import QUICK, long, quick, refused, same_files, saved_without_origin
 from vlms import NEW_TOKENS, Stream, forward, greedy
 
 import mmjax.convert
@@ -229,6 +230,31 @@ def test_equals_transformers(name, tmp_path):
     saved_without_origin(model, source, tmp_path / "no_origin")
 
 
+def test_gradients(tmp_path):
+    import torch
+
+    reference = transformers.MllamaForConditionalGeneration(config_for("boards of up to two tiles"))
+    model = mmjax.convert.from_pretrained(parity.save_hf(reference, tmp_path / "source"))
+    batch = stream(model.config, CASES["boards of up to two tiles"][3])
+    graph, arrays = params.split(model)
+    shape = (*batch.tokens.shape, model.config.lm.vocab_size)
+    weights = np.random.default_rng(1).normal(size=shape) * batch.mask[:, :, None]
+
+    def loss(arrays):
+        logits = params.merge(graph, arrays)(
+            jnp.asarray(batch.tokens),
+            jnp.asarray(batch.images),
+            jnp.asarray(batch.mask),
+            place=jnp.asarray(batch.place),
+        )
+        return jnp.sum(weights * logits)
+
+    slopes = jax.jit(jax.grad(loss), compiler_options=QUICK)(arrays)
+    logits = reference(**theirs(model.config, batch)).logits
+    (torch.tensor(weights) * logits).sum().backward()
+    parity.check_gradients("MllamaForConditionalGeneration", model, slopes, reference)
+
+
 def test_rows_of_different_images(published):
     """Each row is as it is alone there: where rows have unequal numbers of images, or none, what
     theirs makes of one depends on the others."""
@@ -347,6 +373,35 @@ def test_refused(change, message):
 def test_images_without_places_are_refused(published):
     with pytest.raises(ValueError, match="`place` says which an image has"):
         published[2](jnp.array([[IMAGE_TOKEN, 4]]), jnp.zeros((1, 4, 24, 24, 3)))
+
+
+def test_a_directory_in_the_commands(tmp_path, capsys):
+    """`experiments.generate` writes what theirs does; `experiments.convert --verify` agrees."""
+    import torch
+
+    from experiments import convert, generate
+
+    processor, directory = saved_processor(tmp_path / "whole")
+    config = config_for("as published")
+    config.text_config.vocab_size = config.image_token_index = processor.image_token_id
+    config.vision_config.image_size = 16
+    reference = hf.randomise(transformers.MllamaForConditionalGeneration(config))
+    with torch.no_grad():  # special tokens would not be seen in the text
+        reference.lm_head.weight[: len(processors.SPECIAL)] = 0
+    reference.save_pretrained(directory)
+    files = [tmp_path / "one.png", tmp_path / "two.png"]
+    for file, image in zip(files, IMAGES[0], strict=True):
+        image.save(file)
+    prompt = ["--prompt", "user : <image> a red <image> dog", "--max-new-tokens", str(NEW_TOKENS)]
+    shown = [part for file in files for part in ("--image", str(file))]
+    assert generate.main(["--weights", str(directory), *shown, *prompt]) == 0
+    inputs = processor(images=IMAGES[:1], text=TEXTS[:1], return_tensors="pt")
+    expected = generated(reference, inputs)[0]
+    decoded = processor.tokenizer.decode(expected, skip_special_tokens=True)
+    assert capsys.readouterr().out.strip() == decoded.strip() != ""
+    assert convert.main(["--source", str(directory), "--verify"]) == 0
+    table = capsys.readouterr().out
+    assert "visual tokens" in table and "within 0.0001" in table
 
 
 # One tile, small and large; boards of two, three and four, enlarged and shrunk; none.
