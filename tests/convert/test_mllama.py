@@ -16,6 +16,8 @@ from vlms import NEW_TOKENS, Stream, forward, greedy
 
 import mmjax.convert
 from mmjax import params
+from mmjax.convert.load import structure
+from mmjax.convert.table import lay_out, rename
 from mmjax.data.image_options import ProcessorConfigError
 from mmjax.data.mllama import shapes
 from mmjax.data.processor import load_processor
@@ -118,7 +120,6 @@ def config_for(name):
     vision, text, *_ = CASES[name]
     vision = VISION | vision
     width = vision["hidden_size"] * (1 + len(vision["intermediate_layers_indices"]))
-    # transformers wants lists, and the config of the whole does not say whether it is tied.
     return transformers.MllamaConfig(
         vision_config=vision | {"vision_output_dim": width},
         text_config=LANGUAGE | text,
@@ -285,26 +286,21 @@ def test_rows_of_different_images(published):
         np.testing.assert_array_equal(ours[index : index + 1], written)
 
 
-def test_who_sees_what(published):
-    """The mask is theirs, but for what no image comes before."""
-    model = published[2]
-    rows = ([2, (1, 2), (2, 2), 3, (2, 1), 2], [(1, 1), (1, 1), 1, (3, 1), 4])
-    batch = stream(model.config, rows)
-    number = np.where(batch.place >= 0, batch.place // len(SHAPES), -1)
-    counts = [
-        [down * across for down, across in (i for i in row if not isinstance(i, int))]
-        for row in rows
-    ]
-    there = np.arange(4) < np.array(counts)[:, :, None]
-    wanted = theirs(model.config, batch)["cross_attention_mask"].numpy()
-    for early in ("none", "all"):
-        changed = dataclasses.replace(model.config, early=early)
-        object.__setattr__(model, "config", changed)
-        mask, looks = model._seen(jnp.asarray(number), jnp.asarray(there), None, None)
-        dense = np.asarray(mask.dense()).reshape(*wanted.shape, -1)
-        np.testing.assert_array_equal(looks, wanted.any((2, 3)))
-        expected = wanted.astype(bool) | ((early == "all") & ~np.asarray(looks)[:, :, None, None])
-        np.testing.assert_array_equal(dense, np.repeat(expected[..., None], dense.shape[-1], -1))
+def test_published_size():
+    """Of 11 billion parameters: names and shapes, without the weights."""
+    import torch
+
+    config = transformers.MllamaConfig()
+    with torch.device("meta"):
+        reference = transformers.MllamaForConditionalGeneration(config)
+    shapes = {name: tuple(x.shape) for name, x in reference.named_parameters()}
+    family = mmjax.convert.family.families()["MllamaForConditionalGeneration"]
+    ours = family.from_hf(mmjax.convert.Source(config, frozenset(), None))
+    assert ours.runs == (3, 1) and ours.lm.depth == 32
+    entries = lay_out(family.rows(ours), structure(Mllama, ours)[1])
+    names = rename(shapes, family.renames, "")
+    expected = {canonical: shapes[name] for canonical, name in names.items()}
+    assert {entry.name: tuple(entry.shape) for entry in entries} == expected
 
 
 def changed(model, arrays=None, **fields):
@@ -313,6 +309,34 @@ def changed(model, arrays=None, **fields):
         lambda: Mllama(dataclasses.replace(model.config, **fields), rngs=nnx.Rngs(0))
     )
     return params.merge(graph, params.split(model)[1] | (arrays or {}))
+
+
+def seen(model, place):
+    """What each token sees by the mask, [B, T, I, tiles], and whether it looks at an image."""
+    boards = model.config.encoder.shapes
+    number, shape = np.where(place < 0, -1, (place // len(boards), place % len(boards)))
+    counts = np.array([down * across for down, across in boards])
+    there = np.zeros((len(place), number.max() + 1, model.config.frames), bool)
+    for row, (numbers, kinds) in enumerate(zip(number, shape, strict=True)):
+        for image, kind in zip(numbers[numbers >= 0], kinds[numbers >= 0], strict=True):
+            there[row, image] = np.arange(there.shape[2]) < counts[kind]
+    mask, looks = model._seen(jnp.asarray(number), jnp.asarray(there), None, None)
+    dense = np.asarray(mask.dense()).reshape(*place.shape, *there.shape[1:], -1)
+    assert (dense == dense[..., :1]).all()
+    return dense[..., 0], np.asarray(looks)
+
+
+def test_who_sees_what(published):
+    """The mask is theirs, but for what no image comes before."""
+    model = published[2]
+    rows = ([2, (1, 2), (2, 2), 3, (2, 1), 2], [(1, 1), (1, 1), 1, (3, 1), 4])
+    batch = stream(model.config, rows)
+    wanted = theirs(model.config, batch)["cross_attention_mask"].numpy().astype(bool)
+    for early in ("none", "all"):
+        mask, looks = seen(changed(model, early=early), batch.place)
+        np.testing.assert_array_equal(looks, wanted.any((2, 3)))
+        first = (early == "all") & ~looks[:, :, None, None]
+        np.testing.assert_array_equal(mask, wanted | first)
 
 
 def test_text_before_an_image(published):
@@ -431,8 +455,8 @@ def saved_processor(directory, **options):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_processor(name, tmp_path):
-    """Ids, pixels, numbers of boards, masks."""
+def test_processor(name, tmp_path, published):
+    """Ids, pixels, numbers of boards, and masks by what the model makes of these."""
     reference, directory = saved_processor(tmp_path, **OPTIONS[name])
     processor = load_processor(directory)
     batch = processor(images=IMAGES, text=TEXTS)
@@ -452,6 +476,9 @@ def test_processor(name, tmp_path):
         row[: len(number)] = shape + 1
     np.testing.assert_array_equal(ids, wanted["aspect_ratio_ids"])
     np.testing.assert_array_equal(batch["place"] >= 0, batch["tokens"] == processor.token_id)
+    if boards == SHAPES:
+        mask, _ = seen(changed(published[2], early="none"), batch["place"])
+        np.testing.assert_array_equal(mask, wanted["cross_attention_mask"].astype(bool))
     flat = processor(images=[image for group in IMAGES for image in group], text=TEXTS)
     for key, value in flat.items():
         np.testing.assert_array_equal(value, batch[key], err_msg=key)
