@@ -14,6 +14,7 @@ from flax import nnx
 from towers import QUICK, long, quick, refused, same_files, saved_without_origin
 from vlms import NEW_TOKENS, Stream, forward, greedy
 
+import mmjax
 import mmjax.convert
 from mmjax import params
 from mmjax.convert.load import structure
@@ -358,6 +359,14 @@ def test_text_before_an_image(published):
     assert differs["all"].all()
 
 
+def test_what_early_text_sees_is_not_saved(published, tmp_path):
+    """Directories have no field for it: models of either kind are saved, and read as theirs."""
+    model = published[2]
+    name = model.origin.architecture
+    mmjax.save_pretrained(changed(model, early="none"), tmp_path / "new", architecture=name)
+    assert mmjax.from_pretrained(tmp_path / "new").config == model.config
+
+
 def test_gates_at_zero_leave_the_language_model(published):
     model = published[2]
     arrays = params.split(model)[1]
@@ -482,6 +491,22 @@ def test_processor(name, tmp_path, published):
     flat = processor(images=[image for group in IMAGES for image in group], text=TEXTS)
     for key, value in flat.items():
         np.testing.assert_array_equal(value, batch[key], err_msg=key)
+
+
+def test_chat(tmp_path):
+    reference, _ = saved_processor(tmp_path / "plain")
+    reference.chat_template = processors.TEMPLATE.replace("<image>", "<|image|>")
+    processor = load_processor(processors.save(tmp_path / "chat", reference))
+    parts = [{"type": "image", "image": image} for image in IMAGES[0]]
+    parts.append({"type": "text", "text": "a red dog"})
+    chat = [{"role": "user", "content": parts}]
+    batch = processor.apply_chat_template(chat, add_generation_prompt=True)
+    wanted = reference.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="np"
+    )
+    np.testing.assert_array_equal(batch["tokens"], wanted["input_ids"])
+    pixels = wanted["pixel_values"].transpose(0, 1, 2, 4, 5, 3)
+    np.testing.assert_array_equal(batch["images"], pixels.reshape(batch["images"].shape))
 
 
 def test_layout():
