@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from flax import nnx
 from mmjax.convert import CONFIG
 from mmjax.data import anyres
 from mmjax.data.visual import TEXT as NO_PLACE
-from mmjax.models import LM, T5, VLM, Flamingo, NaFlexViT, T5Encoder, ViT, VLMConfig
+from mmjax.models import LM, T5, VLM, Flamingo, Mllama, NaFlexViT, T5Encoder, ViT, VLMConfig
 from mmjax.models.clip import CLIP
 from mmjax.models.siglip import NaFlexSigLIP, SigLIP
 from mmjax.params import merge, split
@@ -182,6 +183,47 @@ def _flamingo(model: Flamingo, reference: Any) -> Iterator[Row]:
     seen = np.broadcast_to(last.astype(np.int64), (len(tokens), *last.shape))
     logits = _jitted(model, Flamingo.__call__, tokens, pixels.transpose(0, 1, 3, 4, 2))
     theirs = _call(reference, input_ids=tokens, pixel_values=pixels, image_attention_mask=seen)
+    yield "logits", *_both(logits, theirs.logits)
+
+
+@COMPARISONS.register("Mllama")
+def _mllama(model: Mllama, reference: Any) -> Iterator[Row]:
+    """An image of one tile, text, and an image of as many as there may be, and text."""
+    encoder = model.config.encoder
+    tokens = _tokens(model.config.lm.vocab_size)
+    half = tokens.shape[1] // 2
+    tokens[:, [0, half]] = model.config.image_token
+    counts = [math.prod(shape) for shape in encoder.shapes]
+    shapes = np.array([counts.index(min(counts)), counts.index(max(counts))])
+    there = np.arange(encoder.tiles) < np.array(counts)[shapes][:, None]
+    pixels = np.stack([_pixels(encoder, seed) for seed in range(2 * encoder.tiles)], axis=1)
+    pixels = np.where(there.reshape(-1)[:, None, None, None], pixels, 0)
+    place = np.full(tokens.shape, NO_PLACE, np.int32)
+    place[:, [0, half]] = np.arange(2) * len(encoder.shapes) + shapes
+    seen = (np.arange(tokens.shape[1])[:, None] >= half) == np.arange(2)
+    rows = len(tokens)
+    logits = _jitted(
+        model,
+        Mllama.__call__,
+        tokens,
+        pixels.transpose(0, 1, 3, 4, 2),
+        None,
+        place=jax.numpy.asarray(place),
+    )
+    theirs = _call(
+        reference,
+        input_ids=tokens,
+        pixel_values=pixels.reshape(rows, 2, encoder.tiles, *pixels.shape[2:]),
+        aspect_ratio_ids=np.broadcast_to(shapes + 1, (rows, 2)),
+        aspect_ratio_mask=np.broadcast_to(there.astype(np.int64), (rows, *there.shape)),
+        cross_attention_mask=np.broadcast_to(
+            (seen[:, :, None] & there).astype(np.int64), (rows, len(seen), *there.shape)
+        ),
+    )
+    seen = np.broadcast_to(shapes + 1, (rows, 2))
+    visual = _jitted(model, Mllama.encode_images, pixels.transpose(0, 1, 3, 4, 2), seen)
+    features = reference.model.multi_modal_projector(theirs.image_outputs.last_hidden_state)
+    yield "visual tokens", *_both(visual, features.detach().reshape(visual.shape))
     yield "logits", *_both(logits, theirs.logits)
 
 

@@ -128,6 +128,29 @@ def fused_by_head(heads: int) -> Kind:
     return (Leaf(".weight", "/kernel", both), Leaf(".bias", "/bias", both))
 
 
+@functools.cache
+def table(first: int) -> Kind:
+    """A table of vectors that are two tables here: the first `first` rows, and the others."""
+    transform = Transform(lambda x: (x[:first], x[first:]), lambda *xs: jnp.concatenate(xs))
+    return (Leaf(".weight", "/embedding", transform),)
+
+
+@functools.cache
+def mixed(width: int) -> Kind:
+    """A linear layer of two kinds of inputs: first `width` numbers, then those of several vectors
+    of that width, number by number. Here the vectors stand one after the other."""
+
+    def to_ours(x: Array) -> tuple[Array]:
+        vectors = x.T[width:].reshape(width, -1, x.shape[0]).swapaxes(0, 1)
+        return (jnp.concatenate([x.T[:width], vectors.reshape(-1, x.shape[0])]),)
+
+    def to_theirs(x: Array) -> Array:
+        numbers = x[width:].reshape(-1, width, x.shape[1]).swapaxes(0, 1)
+        return jnp.concatenate([x[:width], numbers.reshape(-1, x.shape[1])]).T
+
+    return (Leaf(".weight", "/kernel", Transform(to_ours, to_theirs)), Leaf(".bias", "/bias", SAME))
+
+
 LINEAR: Kind = (Leaf(".weight", "/kernel", TRANSPOSED), Leaf(".bias", "/bias", SAME))
 # GPT-2's "Conv1D": a linear layer whose weight is [inputs, outputs].
 CONV1D: Kind = (Leaf(".weight", "/kernel", SAME), Leaf(".bias", "/bias", SAME))

@@ -53,7 +53,7 @@ def resized(config: Any, params: Params, image_size: int | tuple[int, int]) -> t
     towers = list(_towers(config))
     vits = [path for path, tower in towers if isinstance(tower, ViTConfig)]
     if not vits:
-        reason = "takes images of any size" if towers else "has no image tower"
+        reason = "takes images of any size" if towers else "has no image tower to interpolate"
         raise ValueError(
             f"image_size={image_size}: a model with {type(config).__name__} {reason}: leave "
             "image_size out."

@@ -41,6 +41,7 @@ _RUNTIME = {
     "init_bias": 0.0,
     "max_scale": None,
     "padding": "attend",
+    "early": "all",
 }
 
 # Files beside the weights that belong to a checkpoint.

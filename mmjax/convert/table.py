@@ -24,6 +24,7 @@ class Row(NamedTuple):
       ours: the path of ours, or several where theirs fuses them.
       kind: what tensors it has; see `mmjax.convert.kinds`.
       first, step: our layers 0, 1, 2, ... are their layers first, first + step, ...
+      layers: the numbers of theirs one by one, where they are not so regular.
     """
 
     theirs: str
@@ -31,6 +32,7 @@ class Row(NamedTuple):
     kind: Kind
     first: int = 0
     step: int = 1
+    layers: tuple[int, ...] | None = None
 
 
 class Entry(NamedTuple):
@@ -85,8 +87,8 @@ def lay_out(rows: Sequence[Row], shapes: Mapping[str, jax.ShapeDtypeStruct]) -> 
             ]
             shape = jax.eval_shape(leaf.transform.to_theirs, *one).shape
             for layer in range(depth):
-                number = str(row.first + layer * row.step)
-                name = row.theirs.replace("*", number) + leaf.theirs
+                number = row.first + layer * row.step if row.layers is None else row.layers[layer]
+                name = row.theirs.replace("*", str(number)) + leaf.theirs
                 place = layer if stacked else None
                 entries.append(Entry(name, paths, place, leaf.transform, shape))
     problems += [f"  no row fills {path}" for path in shapes if path not in filled]

@@ -5,6 +5,7 @@ from mmjax.data import (  # noqa: F401  (they register their sources and layouts
     easy_vqa,
     idefics3,
     json_source,
+    mllama,
     tfds_source,
     webdataset_source,
 )

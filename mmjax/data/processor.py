@@ -44,6 +44,7 @@ _CLASS_OF_MODEL = {
     "llava_next": "LlavaNextImageProcessor",
     "paligemma": "SiglipImageProcessor",
     "idefics": "IdeficsImageProcessor",
+    "mllama": "MllamaImageProcessor",
 }
 # Text towers that learnt at one length, padding included (SigLIP attends to it; CLIP's were always
 # that long): their text is padded to the whole length.

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from mmjax.data import anyres, idefics3
+from mmjax.data import anyres, idefics3, mllama
 from mmjax.data.image import PRESETS
 from mmjax.data.image_options import ProcessorConfigError
 from mmjax.data.image_processor import ImageInput, ImageProcessor
@@ -59,7 +59,7 @@ class Sight:
     Attributes:
       images: makes the pixels of each picture.
       size: (height, width) of all pictures.
-      tokens: visual tokens of a picture: `VLMConfig.image_tokens`.
+      tokens: places of a picture in texts: `VLMConfig.image_tokens`.
       plan: (width, height) of an image -> its `Plan`.
       views: image -> what `images` makes pictures of: the image itself, or its tiles.
       token: stands for an image in a text and, once it is laid out, at each visual place.
@@ -68,6 +68,8 @@ class Sight:
       prompt: a text, with its `token`s -> what is encoded.
       special_tokens: whether the tokenizer adds those of begin and end by itself.
       side: where padding goes; None: as the tokenizer has it.
+      frames: pictures that the model reads together, as `tokens`; where an image has fewer, some of
+        zeros follow.
     """
 
     images: ImageProcessor
@@ -81,6 +83,7 @@ class Sight:
     prompt: Callable[[str], str] = lambda text: text
     special_tokens: bool = True
     side: str | None = "left"
+    frames: int = 1
 
 
 PROCESSORS: Registry[Callable[[Facts], Sight]] = Registry("processor")
@@ -91,6 +94,7 @@ CLASS_OF_MODEL = {
     "paligemma": "PaliGemmaProcessor",
     "idefics3": "Idefics3Processor",
     "smolvlm": "SmolVLMProcessor",
+    "mllama": "MllamaProcessor",
     "blip-2": "Blip2Processor",
     "idefics": "IdeficsProcessor",
 }
@@ -266,6 +270,9 @@ class VLMProcessor(Processor):
         rgb = self.sight.images.read(image, **options)
         plan = self.sight.plan(*rgb.size)
         pixels = self.sight.images(self.sight.views(rgb), **options)
+        missing = -len(pixels) % self.sight.frames
+        if missing:
+            pixels = np.pad(pixels, ((0, missing), (0, 0), (0, 0), (0, 0)))
         if pixels.shape[:3] != (plan.pictures, *self.sight.size):
             height, width = self.sight.size
             raise ProcessorConfigError(
@@ -291,8 +298,8 @@ class VLMProcessor(Processor):
             places, before = [np.empty(0, np.int32)], 0
             for plan in mine:
                 arrays = [piece for piece in plan.pieces if not isinstance(piece, str)]
-                places += [np.where(a < 0, a, a + before * self.sight.tokens) for a in arrays]
-                before += plan.pictures
+                places += [np.where(a < 0, a, a + before) for a in arrays]
+                before += plan.pictures // self.sight.frames * self.sight.tokens
             here, there = ids == self.token_id, np.concatenate(places)
             if here.sum() != there.size:
                 raise ValueError(
@@ -525,6 +532,38 @@ def _idefics3(facts: Facts) -> Sight:
         tokens,
         lambda width, height: idefics3.lay_out(width, height, longest, side, tokens, split),
         lambda image: idefics3.cut(image, longest, side, split, resample),
+    )
+
+
+@PROCESSORS.register("MllamaProcessor")
+def _mllama(facts: Facts) -> Sight:
+    options = dict(facts.images)
+    tiles = options.pop("max_image_tiles", 4)
+    for name in ("do_pad", "do_resize"):
+        if not options.pop(name, True):
+            raise ProcessorConfigError(f"{name}=False: images of Mllama are laid on a board.")
+    images = ImageProcessor("ViTImageProcessor", {"do_convert_rgb": True} | options)
+    side, resample = picture_side(images, facts.model), images.options.resample
+    boards, vision = mllama.shapes(tiles), facts.model and facts.model.vision_config
+    agreed("max_image_tiles", tiles, vision and vision.max_num_tiles)
+    there = vision and tuple(map(tuple, vision.supported_aspect_ratios))
+    agreed("the shapes of boards", boards, there)
+    token, begin = "<|image|>", facts.tokenizer.bos_token
+
+    def prompt(text: str) -> str:
+        # Images come before the token of the beginning.
+        rest = re.sub(f"^({re.escape(token)})*", "", text)
+        return text if begin in text else text[: len(text) - len(rest)] + begin + rest
+
+    return Sight(
+        images,
+        (side, side),
+        len(boards),
+        lambda width, height: mllama.lay_out(width, height, tiles, side),
+        lambda image: mllama.cut(image, tiles, side, resample),
+        token,
+        prompt=prompt,
+        frames=tiles,
     )
 
 

@@ -327,6 +327,8 @@ class ProcessorSpeech(_HFSpeech):
         self._processor = processor
 
     def text(self, text: str, images: Sequence[Any]) -> Prompt:
+        if images:
+            text = text.replace(MARKER, self._processor.sight.token)
         return _first_row(self._processor(images=[list(images)], text=[text]))
 
     def _templated(self, conversation: Conversation, add_generation_prompt: bool) -> Prompt:

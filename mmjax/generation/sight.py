@@ -49,10 +49,10 @@ def read_prompts(
     prompts = left_pad(rows, config.limit)
     if not any(map(len, pictures)):
         return prompts
-    stacked = _stack(pictures, config.connector.frames)
+    stacked = _stack(pictures, config.frames)
     sight = {"images": stacked, "place": align(places, prompts.valid, TEXT)}
     if text is not None:
-        clips = stacked.shape[1] // config.connector.frames
+        clips = stacked.shape[1] // config.frames
         sight |= _read_text(text, text_mask, len(rows), clips)
     return prompts._replace(sight=sight)
 
@@ -81,10 +81,10 @@ def _read_images(config: VLMConfig, images: Images | None, rows: int) -> list[np
                 f"The images of prompt {index} are {row.dtype}: give normalised floats, as the "
                 "model's processor makes them."
             )
-        frames = config.connector.frames
+        frames = config.frames
         if len(row) % frames:
             raise ValueError(
-                f"Prompt {index} has {len(row)} images, but the connector reads clips of {frames}: "
+                f"Prompt {index} has {len(row)} images, but the model reads clips of {frames}: "
                 f"give a multiple of {frames}."
             )
         result.append(row.astype(np.float32, copy=False))
@@ -99,7 +99,7 @@ def _read_places(
     mask: Array | np.ndarray | None,
 ) -> list[np.ndarray]:
     """Which visual token stands at each token of each row."""
-    made = [len(row) // config.connector.frames * config.image_tokens for row in pictures]
+    made = [len(row) // config.frames * config.image_tokens for row in pictures]
     if place is None:
         places = [_places_of(row == config.image_token) for row in rows]
         for index, row in enumerate(places):

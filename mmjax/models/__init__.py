@@ -7,12 +7,14 @@ from mmjax.models.bert import Bert, BertConfig
 from mmjax.models.clip import CLIP, CLIPConfig
 from mmjax.models.flamingo import Flamingo, FlamingoConfig
 from mmjax.models.lm import LM, LMConfig, LMOutput
+from mmjax.models.mllama import Mllama, MllamaConfig
 from mmjax.models.naflex import NaFlexConfig, NaFlexViT
 from mmjax.models.projection import ProjectionConfig
 from mmjax.models.siglip import NaFlexSigLIP, NaFlexSigLIPConfig, SigLIP, SigLIPConfig
 from mmjax.models.sizes import text_size, vit_size
 from mmjax.models.t5 import T5, T5Config, T5Encoder, T5EncoderConfig
 from mmjax.models.text import TextConfig, TextOutput, TextTransformer
+from mmjax.models.tiled_vit import TiledViT, TiledViTConfig
 from mmjax.models.vit import ViT, ViTConfig, ViTOutput
 from mmjax.models.vlm import VLM, Seq2SeqVLM, Seq2SeqVLMConfig, VLMConfig, VLMOutput
 from mmjax.registry import Registry
@@ -33,6 +35,7 @@ MODELS.register("t5")((T5Config, T5))
 MODELS.register("t5_encoder")((T5EncoderConfig, T5Encoder))
 MODELS.register("vlm")((VLMConfig, VLM))
 MODELS.register("flamingo")((FlamingoConfig, Flamingo))
+MODELS.register("mllama")((MllamaConfig, Mllama))
 MODELS.register("seq2seq_vlm")((Seq2SeqVLMConfig, Seq2SeqVLM))
 
 __all__ = [
@@ -52,6 +55,8 @@ __all__ = [
     "FlamingoConfig",
     "LMConfig",
     "LMOutput",
+    "Mllama",
+    "MllamaConfig",
     "NaFlexConfig",
     "NaFlexSigLIP",
     "NaFlexSigLIPConfig",
@@ -67,6 +72,8 @@ __all__ = [
     "TextConfig",
     "TextOutput",
     "TextTransformer",
+    "TiledViT",
+    "TiledViTConfig",
     "VLMConfig",
     "VLMOutput",
     "ViT",

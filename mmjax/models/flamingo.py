@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from mmjax.connectors import make_connector
@@ -47,7 +48,7 @@ class GatedConfig:
     """What a gated block is made of. Its defaults are those of OpenFlamingo.
 
     Attributes:
-      heads, head_dim: of its attention.
+      heads, kv_heads, head_dim: of its attention; see `Attention`.
       mlp_width: None: four times the width of the stream.
       activation: a name in `mmjax.nn.mlp.ACTIVATIONS`.
       norm, norm_eps: of both branches.
@@ -57,6 +58,7 @@ class GatedConfig:
     """
 
     heads: int = 8
+    kv_heads: int | None = None
     head_dim: int = 64
     mlp_width: int | None = None
     activation: str = "gelu"
@@ -132,18 +134,40 @@ class FlamingoConfig(VLMConfig):
         return self.connector.tokens(self.encoder.grid, self.extra)
 
     @property
+    def runs(self) -> tuple[int, int]:
+        """Blocks of the language model before and after a gated one, of those that repeat."""
+        return self.after, self.every - self.after
+
+    @property
     def visual_width(self) -> int:
         return self.lm.width if self.context_width is None else self.context_width
 
 
 class Context(NamedTuple):
-    """What gated blocks look at, and the mask from the text to it.
+    """What gated blocks look at.
 
-    `tokens` [B, M, E]; while decoding, the keys and values of each gated block stand for them.
+    Attributes:
+      tokens: [B, M, E], visual ones; while decoding, the keys and values of each gated block stand
+        for them.
+      mask: from the text to them.
+      looks: [B, T], False at tokens whose stream the MLPs of gated blocks leave as it is; None: at
+        none.
     """
 
     tokens: Array | tuple[KV, ...]
     mask: Mask
+    looks: Array | None = None
+
+    def ahead(self, remembered: tuple[KV, ...]) -> Context:
+        """Of the tokens that come next: they see what the last token sees.
+
+        Args:
+          remembered: of each gated block the keys and values of `tokens`.
+        """
+        last = jax.tree.map(lambda label: label[:, -1:], (self.mask.query, self.looks))
+        seen = dataclasses.replace(self.mask, query=last[0]).dense()[:, 0].astype(jnp.int32)
+        mask = Mask(Labels(group=jnp.ones_like(seen[:, :1])), Labels(group=seen))
+        return Context(remembered, mask, last[1])
 
 
 class FlamingoCache(NamedTuple):
@@ -151,24 +175,25 @@ class FlamingoCache(NamedTuple):
 
     Attributes:
       lm: of the language model.
-      context: of each gated block the keys and values of all visual tokens.
-      seen: labels of the next token, and of the visual tokens, for the mask between them.
+      context: what the next token looks at.
     """
 
     lm: Cache
-    context: tuple[KV, ...]
-    seen: Mask
+    context: Context
 
     def select(self, rows: Int[Array, " n"]) -> FlamingoCache:
         """The cache of these texts, which may be repeated, in this order."""
-        context, seen = jax.tree.map(lambda x: x[rows], (self.context, self.seen))
-        return FlamingoCache(self.lm.select(rows), context, seen)
+        return FlamingoCache(self.lm.select(rows), jax.tree.map(lambda x: x[rows], self.context))
 
 
 class GatedBlock(nnx.Module):
-    """Attention to visual tokens, then an MLP, each added to the stream as far as its gate says."""
+    """Attention to visual tokens, then an MLP, each added to the stream as far as its gate says.
 
-    def __init__(self, config: FlamingoConfig, *, rngs: nnx.Rngs):
+    Args:
+      config: of a model, with `gated`.
+    """
+
+    def __init__(self, config: VLMConfig, *, rngs: nnx.Rngs):
         width, gated = config.lm.width, config.gated
         shape = () if gated.gate == "scalar" else (width,)
 
@@ -179,6 +204,7 @@ class GatedBlock(nnx.Module):
         self.attention = Attention(
             width,
             gated.heads,
+            kv_heads=gated.kv_heads,
             head_dim=gated.head_dim,
             context_width=config.visual_width,
             qkv_bias=False,
@@ -204,15 +230,19 @@ class GatedBlock(nnx.Module):
     ) -> Float[Array, "b t d"]:
         """`unused`: what a stack offers to blocks, and these do not have."""
         y = self.attention_norm(x)
-        return self._add(x, self.attention(y, context.tokens, mask=context.mask))
+        return self._add(x, self.attention(y, context.tokens, mask=context.mask), context.looks)
 
-    def step(self, x: Float[Array, "b t d"], cache: KV, mask: Mask) -> Float[Array, "b t d"]:
+    def step(self, x: Float[Array, "b t d"], cache: KV, context: Context) -> Float[Array, "b t d"]:
         """The same for the next token, with the keys and values of the visual tokens."""
-        return self._add(x, self.attention.step(self.attention_norm(x), cache, None, mask=mask)[0])
+        y = self.attention_norm(x)
+        attended = self.attention.step(y, cache, None, mask=context.mask)[0]
+        return self._add(x, attended, context.looks)
 
-    def _add(self, x: Array, attended: Array) -> Array:
+    def _add(self, x: Array, attended: Array, looks: Array | None) -> Array:
         x = x + _opened(self.attention_gate, x) * attended
-        x = x + _opened(self.mlp_gate, x) * self.mlp(self.mlp_norm(x))
+        fed = self.mlp(self.mlp_norm(x))
+        fed = fed if looks is None else jnp.where(looks[:, :, None], fed, 0)
+        x = x + _opened(self.mlp_gate, x) * fed
         return constrain(x, "batch", "tokens", "embed")
 
 
@@ -221,11 +251,18 @@ def _opened(gate: nnx.Param, x: Array) -> Array:
 
 
 class Interleaved:
-    """The blocks of a language model with gated blocks between them, in place of its `Stack`."""
+    """The blocks of a language model with gated blocks between them, in place of its `Stack`.
 
-    def __init__(self, own: Stack, gated: Stack, config: FlamingoConfig, context: Context):
-        self.own, self.gated, self.context = own, gated, context
-        self.every, self.after = config.every, config.after
+    Args:
+      own, gated: the blocks of both kinds.
+      runs: what repeats: so many of their own, a gated one, so many of their own, a gated one, ...,
+        so many of their own.
+      context: what the gated ones look at.
+    """
+
+    def __init__(self, own: Stack, gated: Stack, runs: Sequence[int], context: Context):
+        self.own, self.gated, self.runs, self.context = own, gated, runs, context
+        self.groups = gated.depth // (len(runs) - 1)
 
     def run(
         self,
@@ -240,7 +277,9 @@ class Interleaved:
     ) -> tuple[Float[Array, "b t d"], None]:
         """See `Stack.run`; without outputs of single blocks, and without stochastic depth."""
         if features or rng is not None:
-            raise ValueError("A Flamingo's blocks give no features, and are not dropped.")
+            raise ValueError(
+                "A language model with gated blocks gives no features, and drops no blocks."
+            )
 
         def call(block, x, **given):
             return block(x, bias=bias, **given), ()
@@ -264,8 +303,9 @@ class Interleaved:
 
         x, caches = self._run(x, mask, rotation, layers, call)
         room = ((0, 0), (0, 0), (0, length - x.shape[1]), (0, 0))
+        every = sum(self.runs)
         return x, tuple(
-            KV(*(jnp.pad(stacked[divmod(layer, self.every)], room) for stacked in caches))
+            KV(*(jnp.pad(stacked[divmod(layer, every)], room) for stacked in caches))
             for layer in range(self.own.depth)
         )
 
@@ -277,24 +317,26 @@ class Interleaved:
         **options: Any,
     ) -> tuple[Float[Array, "b t d"], tuple[KV, ...]]:
         """See `Stack.step`."""
+        # Of each gated block the own one that it stands before; the last may stand after all.
+        stands = np.cumsum(self.runs)[:-1] + sum(self.runs) * np.arange(self.groups)[:, None]
 
         def before(x: Array, layer: int) -> Array:
-            group, place = divmod(layer, self.every)
-            if place != self.after:
-                return x
-            return self.gated.block(group).step(x, self.context.tokens[group], self.context.mask)
+            for number in np.flatnonzero(stands.reshape(-1) == layer).tolist():
+                cache = self.context.tokens[number]
+                x = self.gated.block(number).step(x, cache, self.context)
+            return x
 
-        return self.own.step(x, caches, slot, before=before, **options)
+        x, caches = self.own.step(x, caches, slot, before=before, **options)
+        return before(x, self.own.depth), caches
 
     def _run(self, x, mask, rotation, layers, call):
         """A scan over groups of blocks: `call(block, x, ...)` gives x and what is kept of it."""
-        groups, every = self.gated.depth, self.every
         graph, params = nnx.split(self.own.layers)
         gated_graph, gated = nnx.split(self.gated.layers)
         options, table = layer_options(mask, rotation, layers)
         kinds = None if layers is None else jnp.array(layers.index, jnp.int32)
         grouped = jax.tree.map(
-            lambda leaf: leaf.reshape(groups, every, *leaf.shape[1:]), (params, kinds)
+            lambda leaf: leaf.reshape(self.groups, -1, *leaf.shape[1:]), ((params, kinds), gated)
         )
 
         def some(x, inputs):
@@ -305,15 +347,22 @@ class Interleaved:
             return jax.lax.scan(one, x, inputs)
 
         def group(x, inputs):
-            own, look = inputs
-            x, first = some(x, jax.tree.map(lambda leaf: leaf[: self.after], own))
-            x = nnx.merge(gated_graph, look)(x, self.context)
-            x, rest = some(x, jax.tree.map(lambda leaf: leaf[self.after :], own))
-            return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), first, rest)
+            own, looks = inputs
+            kept, start = [], 0
+            for number, length in enumerate(self.runs):
+                if number:
+                    look = jax.tree.map(lambda leaf, i=number - 1: leaf[i], looks)
+                    x = nnx.merge(gated_graph, look)(x, self.context)
+                if length:
+                    run = slice(start, start + length)
+                    x, some_kept = some(x, jax.tree.map(lambda leaf, run=run: leaf[run], own))
+                    kept.append(some_kept)
+                    start += length
+            return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept)
 
         if self.own.policy is not None:
             group = jax.checkpoint(group, policy=self.own.policy, prevent_cse=False)
-        return jax.lax.scan(group, x, (grouped, gated))
+        return jax.lax.scan(group, x, grouped)
 
 
 class Grown:
@@ -329,13 +378,20 @@ class Grown:
         return jnp.where(is_new[..., None], self.new(jnp.maximum(tokens - count, 0)), words)
 
 
+def logits_of(
+    head: Linear | None, table: Embedding, hidden: Float[Array, "*b e"], dtype: Any
+) -> Float[Array, "*b v"]:
+    """By a head or, where there is none, by the table of the tokens."""
+    return project(hidden, table.embedding[...].T, dtype) if head is None else head(hidden, dtype)
+
+
 class Flamingo(VLM):
     """tokens [B, T], images [B, I, H, W, C] -> logits [B, T, V]. See `run`."""
 
     def __init__(self, config: FlamingoConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.encoder = ViT(config.encoder, rngs=rngs)
-        width = config.encoder.width * len(config.features)
+        width = config.feature_width
         self.connector = make_connector(config.connector, width, config.visual_width, rngs=rngs)
         self.gated = Stack(config, config.lm.depth // config.every, block=GatedBlock, rngs=rngs)
         self.lm = LM(config.lm, rngs=rngs)
@@ -405,20 +461,16 @@ class Flamingo(VLM):
         lm = self._looking(context)
         logits, cache = lm.prefill(None, mask, length=length, embeddings=embeddings)
         remembered = tuple(
-            self.gated.block(group).attention.remember(context.tokens)
-            for group in range(self.gated.depth)
+            self.gated.block(number).attention.remember(context.tokens)
+            for number in range(self.gated.depth)
         )
-        # Prompts end at the right: what comes next sees what their last token sees.
-        last = jax.tree.map(lambda label: label[:, -1:], context.mask.query)
-        seen = dataclasses.replace(context.mask, query=last)
-        return logits, FlamingoCache(cache, remembered, seen)
+        return logits, FlamingoCache(cache, context.ahead(remembered))
 
     def step(
         self, tokens: Int[Array, " b"], cache: FlamingoCache
     ) -> tuple[Float[Array, "b v"], FlamingoCache]:
         """Read one more token of each text, which is no image's; see `LM.step`."""
-        lm = self._looking(Context(cache.context, cache.seen))
-        logits, own = lm.step(tokens, cache.lm)
+        logits, own = self._looking(cache.context).step(tokens, cache.lm)
         return logits, cache._replace(lm=own)
 
     def logits(self, hidden: Float[Array, "*b e"]) -> Float[Array, "*b v"]:
@@ -435,7 +487,7 @@ class Flamingo(VLM):
         """The language model, looking at the context, and with the vocabulary of the whole."""
         lm = copy.copy(self.lm)
         if context is not None:
-            decoder = Interleaved(self.lm.decoder, self.gated, self.config, context)
+            decoder = Interleaved(self.lm.decoder, self.gated, self.config.runs, context)
             object.__setattr__(lm, "decoder", decoder)
         if self.new_token is not None:
             object.__setattr__(lm, "token", Grown(self.lm.token, self.new_token))
@@ -444,17 +496,8 @@ class Flamingo(VLM):
 
     def _grown_head(self, hidden: Array, dtype: Any) -> Array:
         """Logits of the language model's tokens and of the new ones."""
-        heads = (self.lm.head, self.new_head)
-        tables = (self.lm.token, self.new_token)
-        return jnp.concatenate(
-            [
-                project(hidden, table.embedding[...].T, dtype)
-                if head is None
-                else head(hidden, dtype)
-                for head, table in zip(heads, tables, strict=True)
-            ],
-            axis=-1,
-        )
+        parts = (self.lm.head, self.lm.token), (self.new_head, self.new_token)
+        return jnp.concatenate([logits_of(*part, hidden, dtype) for part in parts], axis=-1)
 
     def _embed_text(self, tokens: Array, mask: Array | None) -> Float[Array, "b t d"]:
         # Whatever stands at padding, -1 for instance, must not become a vector of NaN.
@@ -475,16 +518,19 @@ class Flamingo(VLM):
         """What the language model reads, and what it looks at."""
         embeddings = self._embed_text(tokens, mask)
         if images is None:
-            # As a row without images beside others: gated blocks see nothing, but have MLPs.
-            nothing = jnp.zeros((len(tokens), 1, self.config.visual_width), embeddings.dtype)
-            none, no_key = jnp.zeros_like(tokens), jnp.zeros_like(tokens[:, :1])
-            return embeddings, Context(nothing, Mask(Labels(group=none), Labels(group=no_key)))
+            return embeddings, self._nothing(tokens, embeddings.dtype)
         visual = self.encode_images(images, text=text, text_mask=text_mask)
         count = visual.shape[1] // self.config.visual_tokens
         place = self._places(tokens, mask) if place is None else place
         # An image that is not there is NaN: under `jit` the only way to be noticed.
         embeddings = jnp.where((place < count)[:, :, None], embeddings, jnp.nan)
         return embeddings, Context(visual, self._seen(place, count, segments, parents))
+
+    def _nothing(self, tokens: Array, dtype: Any) -> Context:
+        """As of rows without images beside others: gated blocks see nothing, but have MLPs."""
+        nothing = jnp.zeros((len(tokens), 1, self.config.visual_width), dtype)
+        none, no_key = jnp.zeros_like(tokens), jnp.zeros_like(tokens[:, :1])
+        return Context(nothing, Mask(Labels(group=none), Labels(group=no_key)))
 
     def _seen(
         self, place: Array, count: int, segments: Array | None, parents: Array | None

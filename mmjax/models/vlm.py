@@ -96,6 +96,16 @@ class VLMConfig:
         return self.lm.width
 
     @property
+    def frames(self) -> int:
+        """Images that are read together, a clip; 1 where each is read by itself."""
+        return self.connector.frames
+
+    @property
+    def feature_width(self) -> int:
+        """Of what the connector reads."""
+        return self.encoder.width * len(self.features)
+
+    @property
     def extra(self) -> int:
         """Features of an image beside those of its patches."""
         return self.encoder.prefix if self.class_token else 0
@@ -148,7 +158,7 @@ class VLM(nnx.Module):
     def __init__(self, config: VLMConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.encoder = ViT(config.encoder, rngs=rngs)
-        width = config.encoder.width * len(config.features)
+        width = config.feature_width
         self.connector = make_connector(config.connector, width, config.lm.width, rngs=rngs)
         init, width = nnx.initializers.normal(config.lm.width**-0.5), config.lm.width
         self.newline = (

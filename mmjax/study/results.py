@@ -87,8 +87,7 @@ def arm_costs(study: Study, arms: Iterable[Arm]) -> pd.DataFrame:
             "trained parameters": sum(shapes[path].size for path in shapes if trained[path]),
         }
         if isinstance(model, VLMConfig):
-            width = model.encoder.width * len(model.features)
-            grid = model.encoder.grid
+            width, grid = model.feature_width, model.encoder.grid
             spent = cost(model.connector, width, model.visual_width, grid, extra=model.extra)
             row |= {
                 TOKENS: spent.tokens,

@@ -23,7 +23,7 @@ from flax import nnx
 
 from mmjax import params
 from mmjax.flops import matmul_flops
-from mmjax.models import MODELS, FlamingoConfig, VLMConfig
+from mmjax.models import MODELS, VLMConfig
 from mmjax.study.grid import STUDY, Arm, Study, arms_of, config_of, first_command
 from mmjax.train.handover import model_dataclass
 from mmjax.train.workdir import write_atomically
@@ -36,12 +36,12 @@ def prefill(config: VLMConfig) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """What is run, and what it is given: parameters, tokens [1, T], images and places."""
     make = MODELS[config.name][1]
     graph, weights = params.split(nnx.jit(lambda: make(config, rngs=nnx.Rngs(0)))())
-    visual = 1 if isinstance(config, FlamingoConfig) else config.image_tokens
+    visual = config.image_tokens
     length = visual + QUESTION
     tokens = jnp.ones((1, length), jnp.int32)
     place = jnp.where(jnp.arange(length) < visual, jnp.arange(length), -1)[None]
     size = config.encoder.image_size
-    images = jnp.zeros((1, config.connector.frames, size, size, 3), jnp.float32)
+    images = jnp.zeros((1, config.frames, size, size, 3), jnp.float32)
 
     def run(weights, tokens, images, place):
         model = params.merge(graph, weights)

@@ -23,6 +23,7 @@ from mmjax.config import ConfigError
 from mmjax.data.spec import ConversationSpec, parse
 from mmjax.models.flamingo import FlamingoConfig
 from mmjax.models.lm import LMConfig
+from mmjax.models.mllama import MllamaConfig
 from mmjax.models.vlm import Seq2SeqVLMConfig, VLMConfig, positions_of
 from mmjax.nn import masks
 from mmjax.registry import Registry, nearest
@@ -236,7 +237,7 @@ class VisionLanguage(Task):
     """
 
     fields = ("tokens", "weights", "place", "segments", "images")
-    trains: tuple[type[VLMConfig], ...] = (VLMConfig, FlamingoConfig)
+    trains: tuple[type[VLMConfig], ...] = (VLMConfig, FlamingoConfig, MllamaConfig)
 
     def __init__(self, mesh: Mesh, *, targets: int | None = None):
         del mesh
@@ -294,14 +295,14 @@ class VisionLanguage(Task):
                 f"{where}.prefix={spec.prefix}, but config.model.attention={model.attention!r}",
             ),
             (
-                spec.layout.frames != model.connector.frames,
+                spec.layout.frames != model.frames,
                 f"{where}.layout makes pictures that are read {spec.layout.frames} at a time, but "
-                f"the connector reads {model.connector.frames}",
+                f"the model reads {model.frames}",
             ),
             (
-                spec.images % model.connector.frames != 0,
-                f"{where}.images={spec.images} is no multiple of the {model.connector.frames} "
-                "frames that the connector reads together",
+                spec.images % model.frames != 0,
+                f"{where}.images={spec.images} is no multiple of the {model.frames} "
+                "frames that the model reads together",
             ),
             (
                 model.limit is not None and spec.max_len > model.limit,
@@ -356,7 +357,7 @@ class NameWords(VisionLanguage):
     def loss(self, model, batch, rng):
         del rng
         place, segments, config = batch["place"], batch["segments"], model.config
-        rows, pictures = len(place), batch["images"].shape[1] // config.connector.frames
+        rows, pictures = len(place), batch["images"].shape[1] // config.frames
         shares = model.name_images(batch["images"])
         # The mean of their distributions is that of a picture with several tokens.
         shares = shares.reshape(rows, pictures, -1, shares.shape[-1])

@@ -1,4 +1,4 @@
-"""Every connector in a VLM, and Flamingo, train with the losses of one device on any mesh."""
+"""Every connector in a VLM, Flamingo and Mllama train with the losses of one device on any mesh."""
 
 import dataclasses
 
@@ -13,7 +13,15 @@ from small_connectors import SMALL
 
 from mmjax import params, sharding
 from mmjax.connectors import CONNECTORS
-from mmjax.models import MODELS, FlamingoConfig, LMConfig, ViTConfig, VLMConfig
+from mmjax.models import (
+    MODELS,
+    FlamingoConfig,
+    LMConfig,
+    MllamaConfig,
+    TiledViTConfig,
+    ViTConfig,
+    VLMConfig,
+)
 from mmjax.models.flamingo import GatedConfig
 from mmjax.nn.partition import activation_sharding
 from mmjax.nn.rope import Rope
@@ -29,7 +37,7 @@ TRANSFORMER = {"width": WIDTH, "depth": 1, "heads": 2, "mlp_width": 32, "norm_ep
 
 
 def vlm_config(name):
-    """Of a connector's name, or "flamingo"."""
+    """Of a connector's name, "flamingo" or "mllama"."""
     parts = dict(
         encoder=ViTConfig(
             image_size=8,
@@ -50,8 +58,12 @@ def vlm_config(name):
         image_token=VOCAB,
         features=(-1,),
     )
-    if name != "flamingo":
+    if name in CONNECTORS:
         return VLMConfig(connector=SMALL[name], **parts)
+    if name == "mllama":
+        tiles = dict(global_depth=1, tiles=2, shapes=((1, 2),))
+        parts["encoder"] = TiledViTConfig(8, 2, activation="gelu", **TRANSFORMER, **tiles)
+        return MllamaConfig(connector=SMALL["linear"], looks=(0,), new_tokens=1, **parts)
     gated = GatedConfig(heads=2, head_dim=16)
     lm = dataclasses.replace(parts.pop("lm"), depth=2)
     return FlamingoConfig(
@@ -60,9 +72,9 @@ def vlm_config(name):
 
 
 def make_batch(config):
-    """Two images (a clip, where the connector reads clips) in each row, before its text."""
+    """Two images (a clip, where the model reads clips) in each row, before its text."""
     random = np.random.default_rng(0)
-    visual = 2 * config.image_tokens // config.connector.frames
+    visual = 2 * config.image_tokens // config.frames
     text = random.integers(0, VOCAB, (BATCH, 6), dtype=np.int32)
     places = np.full((BATCH, visual), config.image_token, np.int32)
     return {
@@ -126,7 +138,7 @@ def case():
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("name", [*CONNECTORS, "flamingo"])
+@pytest.mark.parametrize("name", [*CONNECTORS, "flamingo", "mllama"])
 def test_losses_do_not_depend_on_the_mesh(case, name, mesh):
     given, expected = case(name)
     assert expected[-1] < 0.9 * expected[0]

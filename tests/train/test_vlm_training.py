@@ -531,6 +531,37 @@ def test_flamingo_beside_a_frozen_language_model(root, tokenizer):
     assert 1 < metrics["loss"] < 10
 
 
+def test_mllama_beside_a_frozen_language_model(root, tokenizer):
+    """Tiles of boards of all shapes, several samples in a row; what is frozen stays."""
+    vit = {name: tiny.VIT[name] for name in ("image_size", "patch_size", "width", "depth", "heads")}
+    model = MODEL | dict(
+        name="mllama",
+        encoder=dict(**vit, global_depth=1, mlp_width=HIDDEN, activation="gelu", norm_eps=1e-5),
+        connector=dict(name="linear"),
+        features=(0,),
+        features_norm=False,
+        looks=(0, 2),
+        new_tokens=1,
+    )
+    layout = dict(name="mllama", preset="mllama", size=16)
+    asked = source(root, "asked", dict(name="questions", turns=4, apart=True))
+    train = stream(
+        source(root, "talks"), asked, pack=True, parents=True, layout=layout, max_targets=TARGETS
+    )
+    trainable = (("lm/.*", False), (".*", True))
+    steps = Steps(tokenizer, train, model=model, rules=dict(trainable=trainable))
+    shapes = {
+        int(place) % 8 for batch in steps.batches for place in batch["place"].ravel() if place >= 0
+    }
+    assert len(shapes) > 1 and max(map(lambda batch: batch["place"].max(), steps.batches)) >= 8
+    first, last, metrics = steps.run(3)
+    assert {path.split("/")[0] for path in last.frozen} == {"lm"}
+    for path, value in last.frozen.items():
+        np.testing.assert_array_equal(value, first.frozen[path])
+    assert moved(last.trainable, first.trainable) == {"encoder", "connector", "gated", "new_token"}
+    assert 1 < metrics["loss"] < 10
+
+
 def test_a_stage_from_the_wrong_checkpoint(root, aligned, tmp_path):
     other = copy.deepcopy(MODEL)
     other["connector"]["activation"] = "relu"
