@@ -172,9 +172,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
         model |= dict(
             name="flamingo", gated=dict(heads=4, head_dim=32, mlp_width=256), every=2, after=0
         )
-    # The longest question has some 24 tokens, the longest description some 64.
-    length = (1 if crosses else arg.tokens) + 24 * arg.questions + 72
-    targets = 4 * arg.questions + 64
+    # What is asked of a scene has twelve tokens a question, at most seventeen; of these, seven are
+    # learnt at most.
+    length = (1 if crosses else arg.tokens) + 18 * arg.questions
+    targets = 8 * arg.questions
 
     def data(split: str, **form) -> dict:
         source = dict(

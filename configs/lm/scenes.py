@@ -17,10 +17,10 @@ MODEL = dict(
     name="lm",
     vocab_size=320,
     max_len=512,
-    width=128,
-    depth=4,
+    width=64,
+    depth=3,
     heads=4,
-    mlp_width=384,
+    mlp_width=192,
     activation="silu",
     norm_eps=1e-5,
     tied=True,
@@ -47,7 +47,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         )
         return dict(sources=[source], conversation=dict(template="qa", max_len=arg.length))
 
-    train = data("train", turns=14, retell=0.7)
+    train = data("train", turns=14)
     train["conversation"] |= dict(pack=True, max_targets=targets)
     return base_config(
         task=dict(name="lm", targets=targets),
