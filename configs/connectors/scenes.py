@@ -14,8 +14,7 @@ answers alone.
 """
 
 import dataclasses
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -37,19 +36,25 @@ def _mlp(hidden: int) -> dict[str, Any]:
     return dict(name="mlp", hidden=hidden)
 
 
-def _side(tokens: int) -> int:
+def _side(name: str, tokens: int, grid: int, sides: Iterable[int]) -> int:
     """Of a square grid of so many tokens.
 
+    Args:
+      name: of the connector.
+      grid: side of the grid of features.
+      sides: that the connector can make of it.
+
     Raises:
-      ConfigError: there is none.
+      ConfigError: it is none of them.
     """
-    side = math.isqrt(tokens)
-    if side * side != tokens:
+    found = {side**2: side for side in sides}
+    if tokens not in found:
+        best = min(found, key=lambda count: abs(count - tokens))
         raise ConfigError(
-            f"tokens={tokens} is no square, and this connector makes a square grid of them: the "
-            f"nearest are {side**2} and {(side + 1) ** 2}."
+            f"The connector {name!r} makes a square grid of tokens, and no {tokens} of "
+            f"{grid} x {grid} features: the nearest that it can is tokens={best}."
         )
-    return side
+    return found[tokens]
 
 
 def _kept(connector: dict[str, Any]) -> Callable[[int, int], dict[str, Any]]:
@@ -65,17 +70,18 @@ def _kept(connector: dict[str, Any]) -> Callable[[int, int], dict[str, Any]]:
 
 
 def _pixel_shuffle(tokens: int, grid: int) -> dict[str, Any]:
-    side = _side(tokens)
-    if grid % side:
-        fitting = [(grid // f) ** 2 for f in range(1, grid + 1) if grid % f == 0]
-        best = min(fitting, key=lambda count: abs(count - tokens))
-        raise ConfigError(
-            f"The connector 'pixel_shuffle' makes no {tokens} tokens of a grid of {grid} x {grid}; "
-            f"the nearest that it can is {best}."
-        )
-    factor = grid // side
+    divisors = (side for side in range(1, grid + 1) if grid % side == 0)
+    factor = grid // _side("pixel_shuffle", tokens, grid, divisors)
     # Wide squares need a narrow layer between them and the tokens.
     return dict(name="pixel_shuffle", factor=factor, projection=_mlp(128 if factor > 2 else 416))
+
+
+def _averaged(name: str, **options: Any) -> Callable[[int, int], dict[str, Any]]:
+    def make(tokens: int, grid: int) -> dict[str, Any]:
+        side = _side(name, tokens, grid, range(1, grid + 1))
+        return dict(name=name, grid=(side, side), **options)
+
+    return make
 
 
 def _perceiver(tokens: int, grid: int, **options: Any) -> dict[str, Any]:
@@ -88,13 +94,9 @@ def _perceiver(tokens: int, grid: int, **options: Any) -> dict[str, Any]:
 CONNECTORS: dict[str, Callable[[int, int], dict[str, Any]]] = {
     "linear": _kept(dict(name="linear")),
     "mlp": _kept(_mlp(1024)),
-    "pooling": lambda tokens, grid: dict(
-        name="pooling", grid=(_side(tokens),) * 2, projection=_mlp(1024)
-    ),
+    "pooling": _averaged("pooling", projection=_mlp(1024)),
     "pixel_shuffle": _pixel_shuffle,
-    "c_abstractor": lambda tokens, grid: dict(
-        name="c_abstractor", grid=(_side(tokens),) * 2, width=144, depth=2
-    ),
+    "c_abstractor": _averaged("c_abstractor", width=144, depth=2),
     "perceiver": _perceiver,
     "qformer": lambda tokens, grid: dict(
         name="qformer", queries=tokens, width=112, depth=2, heads=4, mlp_width=128, cross_every=1
@@ -138,7 +140,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     if arg.connector not in CONNECTORS:
         raise ConfigError(f"connector={arg.connector}; {nearest(arg.connector, CONNECTORS)}")
-    if arg.res % PATCH:
+    if arg.res < PATCH or arg.res % PATCH:
         raise ConfigError(f"res={arg.res} is no multiple of the patch of {PATCH} pixels.")
     if arg.freeze not in ("no", "yes"):
         raise ConfigError(f"freeze={arg.freeze}; {nearest(arg.freeze, ('no', 'yes'))}")

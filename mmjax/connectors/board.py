@@ -72,6 +72,11 @@ class Board(Connector):
     """Tokens are those of the connector `whole`."""
 
     def __init__(self, config: BoardConfig, inputs: int, outputs: int, *, rngs: nnx.Rngs):
+        if inputs % 4 or inputs < 8:
+            raise ConnectorError(
+                f"Features {inputs} wide have no sines and cosines of their places on the board: "
+                "take an encoder whose width is 8, 12, 16, ..."
+            )
         self.config = config
         self.whole = make_connector(config.whole, inputs, outputs, rngs=rngs)
 
@@ -96,7 +101,8 @@ class Board(Connector):
         if features.shape[1] != count:
             raise ConnectorError(
                 f"{features.shape[1]} features are not those of {rows} x {columns} tiles of "
-                f"{grid[0]} x {grid[1]}, which are {count}."
+                f"{grid[0]} x {grid[1]}, which are {count}: leave class token and registers out of "
+                "the features (class_token=False)."
             )
 
         def laid(x: Array) -> Array:

@@ -184,7 +184,8 @@ def open_questions(
     that training would have (one question each, unpacked).
 
     Args:
-      data_config: with `conversation`; its sources have the forms "questions", "vqa" or "caption".
+      data_config: with `conversation`; its sources have the forms "questions", "described",
+        "vqa" or "caption".
       tokenizer: from `build_tokenizer`.
       limit: not all questions but so many, of as many images as possible; the same ones always.
 
@@ -200,7 +201,7 @@ def open_questions(
         if not isinstance(form, Questioning):
             raise ValueError(
                 f"The form {type(form).__name__.lower()!r} has no questions to ask: those of "
-                "'questions', 'vqa' and 'caption' have."
+                "'questions', 'described', 'vqa' and 'caption' have."
             )
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} asks nothing: give 1 or more, or None for all questions.")

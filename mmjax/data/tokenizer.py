@@ -8,6 +8,7 @@ the caption and keeps `<eos>`. HF tokenizers follow their own conventions.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -311,25 +312,27 @@ def captions_of(record: dict[str, Any], spec: DataSpec, record_id: str) -> list[
 
 def _texts(spec: DataSpec, limit: int) -> Iterator[str]:
     """The captions, or what is said in the conversations, of at most about `limit` records."""
-    from mmjax.data.chat import TEMPLATES, Role, Special  # which needs tokenizers
+    from mmjax.data.chat import TEMPLATES  # which needs tokenizers
 
+    said = spec.conversation
     sources = [open_source(config)[0] for config in spec.sources]
     total = sum(len(source) for source in sources)
     stride = max(1, -(-total // limit))
     for k, source in enumerate(sources):
         for index in range(0, len(source), stride):
-            if spec.conversation is None:
+            if said is None:
                 yield from captions_of(source[index], spec, source.id(index))
                 continue
             # What is wrong with a record is said when it is used.
             with contextlib.suppress(BadRecordError):
                 conversation = spec.forms[k](source[index], source.id(index), None)
-                pieces = TEMPLATES[spec.conversation.template].render(conversation)
-                parts = (piece.part for piece in pieces)
-                words = (
-                    p for p in parts if isinstance(p, str) and not isinstance(p, Role | Special)
-                )
-                yield "".join(words)
+                template, system = TEMPLATES[said.template], said.system
+                for one in conversation.split():
+                    parts = (piece.part for piece in template.render(one, system))
+                    # Special tokens and images are between words: what they part is not one.
+                    for is_text, run in itertools.groupby(parts, lambda part: type(part) is str):
+                        if is_text:
+                            yield "".join(run)
 
 
 def build_tokenizer(data_config: Any, workdir: str | os.PathLike) -> Tokenizer | None:

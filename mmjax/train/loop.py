@@ -419,11 +419,14 @@ def build_tokenizer(config: ConfigDict, workdir: Path) -> Any:
         if jax.process_index() == 0:
             datasets.build_tokenizer(config.data, workdir)
     tokenizer = datasets.build_tokenizer(config.data, workdir)
-    for part in ("text", "lm"):
-        if part in config.model and tokenizer.vocab_size > config.model[part].vocab_size:
+    model = config.model
+    tables = {f"config.model.{part}": model[part] for part in ("text", "lm") if part in model}
+    if "vocab_size" in model:  # a language model alone
+        tables["config.model"] = model
+    for where, table in tables.items():
+        if tokenizer.vocab_size > table.vocab_size:
             raise ConfigError(
                 f"The tokenizer has {tokenizer.vocab_size} tokens, but the model has embeddings "
-                f"for {config.model[part].vocab_size}. Set config.model.{part}.vocab_size to at "
-                "least that."
+                f"for {table.vocab_size}. Set {where}.vocab_size to at least that."
             )
     return tokenizer

@@ -178,7 +178,7 @@ class LanguageModelling(Task):
         _check_targets(targets)
         self.targets = targets
 
-    def check(self, model: LMConfig, data: ConfigDict) -> None:
+    def check(self, model: Any, data: ConfigDict) -> None:
         spec = parse(data.train).conversation
         if spec is None or spec.layout is not None:
             raise ConfigError(
@@ -190,11 +190,21 @@ class LanguageModelling(Task):
                 f"config.task is for models of the name 'lm', but config.model is a "
                 f"{type(model).__name__}."
             )
-        most = spec.most_targets
+        where, most = "config.data.train.conversation", spec.most_targets
+        if spec.prefix or spec.parents or spec.seq2seq is not None:
+            raise ConfigError(
+                f"{where}: prefix, parents and seq2seq have no meaning for the task 'lm', to which "
+                "all is one causal text."
+            )
+        if model.limit is not None and spec.max_len > model.limit:
+            raise ConfigError(
+                f"{where}.max_len={spec.max_len} exceeds the model's limit of {model.limit} "
+                "positions"
+            )
         if self.targets is not None and self.targets < most:
             raise ConfigError(
                 f"config.task.targets={self.targets}, but rows have up to {most} supervised "
-                "tokens: set config.data.train.conversation.max_targets"
+                f"tokens: set {where}.max_targets"
             )
 
     def loss(self, model, batch, rng):

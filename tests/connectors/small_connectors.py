@@ -2,6 +2,7 @@
 
 from mmjax.connectors import (
     AlignConfig,
+    BoardConfig,
     CAbstractorConfig,
     DAbstractorConfig,
     FramesConfig,
@@ -20,6 +21,7 @@ from mmjax.connectors import (
 
 CONFIGS = (
     AlignConfig(vocab_size=16),
+    BoardConfig(1, 2, PixelShuffleConfig(2)),
     CAbstractorConfig((2, 2), width=16, depth=1, positions=(4, 4)),
     DAbstractorConfig((2, 2), width=16, depth=2, heads=2, mlp_width=16, points=2, positions=(4, 4)),
     FramesConfig(2, PixelShuffleConfig(2)),

@@ -12,6 +12,8 @@ from mmjax import params
 from mmjax.config import dataclass_from
 from mmjax.connectors import (
     CONNECTORS,
+    AlignConfig,
+    BoardConfig,
     CAbstractorConfig,
     ConnectorConfig,
     ConnectorError,
@@ -116,6 +118,64 @@ def test_frames_are_read_one_by_one():
         connector(features[:, 1:], None, grid)
 
 
+def on_board(tiles, rows, columns, grid):
+    """The features (or masks) of tiles [tiles * h * w, ...] as they lie on the board, each place
+    taken from its tile."""
+    height, width = grid
+    tiles = tiles.reshape(rows * columns, height, width, *tiles.shape[1:])
+    return np.array(
+        [
+            tiles[y // height * columns + x // width, y % height, x % width]
+            for y in range(rows * height)
+            for x in range(columns * width)
+        ]
+    )
+
+
+def places(rows, columns, width):
+    """sin x, cos x, sin y, cos y, at rates from 1 down to 1/10000."""
+    rates = np.geomspace(1, 1e-4, width // 4)
+    return np.array(
+        [
+            [f(at * rate) for at in (x, y) for f in (np.sin, np.cos) for rate in rates]
+            for y in range(rows)
+            for x in range(columns)
+        ],
+        np.float32,
+    )
+
+
+@pytest.mark.parametrize(
+    "whole", [PoolingConfig((2, 3)), PerceiverConfig(latents=4, depth=1, heads=2, head_dim=8)]
+)
+def test_a_board_is_one_grid(whole):
+    """Tiles laid side by side one by one: `whole` reads them as the features of one image."""
+    config, grid = BoardConfig(2, 3, whole), (3, 2)
+    board = make_connector(config, WIDTH, 12, rngs=nnx.Rngs(0))
+    random = np.random.default_rng(0)
+    tiles = random.normal(size=(2, 6 * 6, WIDTH)).astype(np.float32)
+    mask = random.random((2, 6 * 6)) < 0.3
+    laid = np.stack([on_board(image, 2, 3, grid) for image in tiles]) + places(6, 6, WIDTH)
+    counts = np.stack([on_board(image, 2, 3, grid) for image in mask])
+    for given, expected in ((None, None), (jnp.asarray(mask), jnp.asarray(counts))):
+        tokens, valid = board(jnp.asarray(tiles), given, grid)
+        alone, alone_valid = board.whole(jnp.asarray(laid), expected, (6, 6))
+        np.testing.assert_allclose(tokens, alone, atol=1e-5)
+        np.testing.assert_array_equal(valid, alone_valid)
+        assert config.tokens(grid) == whole.tokens((6, 6)) == tokens.shape[1]
+    assert cost(config, WIDTH, 12, grid) == cost(whole, WIDTH, 12, (6, 6))
+
+
+def test_a_board_names_the_words_of_the_whole():
+    config, grid = BoardConfig(1, 2, AlignConfig(vocab_size=5)), (2, 1)
+    assert config.names_words and not BoardConfig(1, 2, LinearConfig()).names_words
+    board = make_connector(config, WIDTH, WIDTH, rngs=nnx.Rngs(0))
+    tiles = np.random.default_rng(0).normal(size=(1, 4, WIDTH)).astype(np.float32)
+    laid = on_board(tiles[0], 1, 2, grid)[None] + places(2, 2, WIDTH)
+    shares = board.name(jnp.asarray(tiles), None, grid)
+    np.testing.assert_allclose(shares, board.whole.name(jnp.asarray(laid), None, (2, 2)), atol=1e-5)
+
+
 def test_cost_of_matrix_products():
     grid, inputs, outputs = (4, 6), 10, 14
     linear = cost(LinearConfig(), inputs, outputs, grid, extra=1)
@@ -159,6 +219,24 @@ def test_cost_of_the_published_sizes():
         (lambda: build(IdentityConfig(), 8, 16), "8, but .* 16 wide: choose another"),
         (lambda: build(PerceiverConfig(projection=None), 8, 16), "give it a projection"),
         (lambda: build(TokenPackerConfig(levels=3), 8, 16), "8 wide are not those of levels=3"),
+        (lambda: BoardConfig(0, 2, LinearConfig()), "rows=0 must be 1 or more"),
+        (
+            lambda: BoardConfig(1, 2, PerceiverConfig(frames=2)),
+            "reads 2 frames itself: .* take one with frames=1",
+        ),
+        (lambda: FramesConfig(2, BoardConfig(1, 2, LinearConfig())), "reads 2 frames itself"),
+        (
+            lambda: BoardConfig(2, 3, PixelShuffleConfig(4)).tokens((3, 2)),
+            "do not fill a grid of 6 x 6; factor=3 is the nearest",
+        ),
+        (
+            lambda: make_connector(BoardConfig(2, 2, LinearConfig()), 8, 8, rngs=nnx.Rngs(0))(
+                jnp.zeros((1, 23, 8)), None, (3, 2)
+            ),
+            "23 features are not those of 2 x 2 tiles of 3 x 2, which are 24",
+        ),
+        (lambda: build(BoardConfig(2, 2, LinearConfig()), 10, 8), "10 wide .* 8, 12, 16"),
+        (lambda: build(BoardConfig(2, 2, LinearConfig()), 4, 8), "4 wide .* 8, 12, 16"),
         (lambda: DAbstractorConfig(heads=3), "3 heads do not divide"),
         (lambda: TokenPackerConfig(width=12), "8 heads do not divide"),
     ],
@@ -176,5 +254,7 @@ def test_configs_by_name():
     group = {"name": "pooling", "grid": [4, 4], "projection": {"name": "mlp", "layers": 3}}
     config = dataclass_from(ConnectorConfig, group, "model.connector")
     assert config == PoolingConfig((4, 4), MLPConfig(layers=3))
+    board = {"name": "board", "rows": 3, "columns": 2, "whole": group}
+    assert dataclass_from(ConnectorConfig, board, "model.connector") == BoardConfig(3, 2, config)
     with pytest.raises(ValueError, match="did you mean 'perceiver'"):
         dataclass_from(ConnectorConfig, {"name": "perciever"}, "model.connector")

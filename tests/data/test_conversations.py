@@ -128,6 +128,17 @@ def test_messages_of_both_kinds():
         ("caption", {"image": [b"1", b"2"], "text": "a"}, "takes one"),
         ("vqa", {"image": b"1", "question": "", "answer": "a"}, "'question' holds no text"),
         ("questions", {"image": b"1", "questions": []}, "nothing to supervise"),
+        ("described", {"captions": ["a"], "questions": []}, "nothing to supervise"),
+        (
+            "described",
+            {"captions": [], "questions": [{"question": "q?", "answer": "a"}]},
+            "'captions' holds no text",
+        ),
+        (
+            "described",
+            {"captions": "a", "questions": [{"question": "q?", "answer": " "}]},
+            "'answer' holds no text",
+        ),
         ("text", {"text": None}, "'text' holds no text"),
         ("interleaved", {"texts": ["a", None], "images": [None]}, "2 places, 'images' 1"),
         ("interleaved", {"texts": ["a"], "images": [b"1"]}, "either a text or an image"),
@@ -180,6 +191,68 @@ def test_the_share_of_captions():
     assert 70 < len(about) < 130
     assert {one.turns[2].text for one in about} == {"Tell.", "Say."}
     assert {one.turns[3].text for one in about} == {"a dog"}
+
+
+def test_questions_about_a_description():
+    """The description stands where the image would: once, before the first of them."""
+    rows = [
+        {"question": f"q{i}?", "answer": f"a{i}", "group": "g", "choices": ["a", ""][: i % 3]}
+        for i in range(4)
+    ]
+    columns = {key: [row[key] for row in rows] for key in rows[0]}  # as TFDS gives a Sequence
+    form = make_form(dict(name="described", turns=3))
+    for questions in (rows, columns):
+        record = {"captions": ["a dog; a cat", "cat and dog"], "questions": questions}
+        said = form(record, "r", None)
+        assert said.images == () and [(turn.role, turn.text) for turn in said.turns] == [
+            ("user", "a dog; a cat\nq0?"), ("assistant", "a0"),
+            ("user", "q1?"), ("assistant", "a1"),
+            ("user", "q2?"), ("assistant", "a2"),
+        ]  # fmt: skip
+        drawn = [form(record, "r", np.random.default_rng(seed)).turns for seed in range(30)]
+        assert len({tuple(turn.text for turn in turns[::2]) for turns in drawn}) > 12  # of 24
+        for turns in drawn:
+            asked = [turn.text for turn in turns[::2]]
+            assert len(set(asked)) == 3 and asked[0].startswith("a dog; a cat\nq")
+            answers = [turn.text for turn in turns[1::2]]
+            assert [text[-3:] for text in asked] == [f"q{text[1:]}?" for text in answers]
+        evaluated = list(form.questions(record, "r"))
+        assert [one.key for one in evaluated] == ["0", "1", "2", "3"]
+        assert [one.choices for one in evaluated[:3]] == [None, ("a",), ("a",)]
+        # Each stands alone, with the description.
+        for i, one in enumerate(evaluated):
+            assert (one.text, one.answers, one.group) == (f"q{i}?", (f"a{i}",), "g")
+            assert one.image is None and one.question.role == "user"
+            assert one.conversation("yes").turns == (
+                Turn("user", (f"a dog; a cat\nq{i}?",)),
+                Turn("assistant", ("yes",)),
+            )
+            assert one.conversation("yes").images == ()
+    elsewhere = dict(name="described", description_field="told", questions_field="asked")
+    other = make_form(elsewhere)({"told": "a dog", "asked": rows}, "r", None)
+    assert [turn.text for turn in other.turns] == ["a dog\nq0?", "a0"]
+    with pytest.raises(UnknownNameError, match="no field 'captions'; did you mean 'caption'"):
+        form({"caption": "a", "questions": rows}, "r", None)
+    for options in (dict(turns=0), dict(retell=1.5)):
+        with pytest.raises(ValueError, match=r"asks nothing|must be in"):
+            make_form(dict(name="described") | options)
+
+
+def test_the_share_of_descriptions_told_again():
+    form = make_form(dict(name="described", retell=0.25, prompts=["Tell.", "Say."]))
+    record = {"captions": ["dog", "a", "b"], "questions": [{"question": "q?", "answer": "yes"}]}
+    rng = np.random.default_rng(0)
+    drawn = [form(record, "r", rng).turns for _ in range(400)]
+    assert all([turn.text for turn in turns[:2]] == ["dog\nq?", "yes"] for turns in drawn)
+    told = [[turn.text for turn in turns[2:]] for turns in drawn if len(turns) == 4]
+    assert 70 < len(told) < 130
+    # Never in the words that were read.
+    assert {prompt for prompt, _ in told} == {"Tell.", "Say."}
+    assert {answer for _, answer in told} == {"a", "b"}
+    always = make_form(dict(name="described", retell=1.0))
+    assert len(always(record, "r", rng).turns) == 4
+    assert len(always(record, "r", None).turns) == 2
+    assert len(always(record | {"captions": "dog"}, "r", rng).turns) == 2
 
 
 def test_vqa_learns_the_most_frequent_answer():

@@ -316,3 +316,52 @@ def test_the_small_variant_is_a_part_of_the_full_one():
     assert scenes.VARIANTS["small"].names < scenes.VARIANTS["full"].names
     seen, held = scenes.split_pictures(scenes.list_pictures("small"), "small")
     assert (len(seen), len(held)) == (84, 21)
+
+
+def test_the_tiny_variant_is_the_smallest(tmp_path, monkeypatch):
+    """Its concepts are some of the small one's, its signs say eight words, in the scenes and in the
+    tiles that are stored; all else is as in the others."""
+    words = scenes.WORDS[:8]
+    assert scenes.signs_of("small") == scenes.signs_of("full") == scenes.WORDS
+    assert scenes.VARIANTS["tiny"].names < scenes.VARIANTS["small"].names
+    seen, held = scenes.split_pictures(scenes.list_pictures("tiny"), "tiny")
+    assert (len(seen), len(held)) == (22, 10)
+    monkeypatch.setattr(scenes, "SIZES", {"train": 60, "heldout": 20})
+    tiny = scenes.VARIANTS["tiny"]._replace(tiles=4)
+    monkeypatch.setattr(scenes, "VARIANTS", scenes.VARIANTS | {"tiny": tiny})
+
+    def stored(dataset, split):
+        config = dict(name="tfds", dataset=f"{dataset}/tiny", split=split, data_dir=str(tmp_path))
+        source, _ = open_source(config)
+        return [source[i] for i in range(len(source))]
+
+    for split, pictures in (("train", seen), ("heldout", held)):
+        icons, signs = set(), set()
+        for record in stored("scenes", split):
+            fields, rows = record["objects"], record["questions"]
+            objects = [
+                dict(zip(fields, one, strict=True)) for one in zip(*fields.values(), strict=True)
+            ]
+            for kind_of, told in (("icon", icons), ("sign", signs)):
+                told |= {o["name"] for o in objects if o["kind"] == kind_of}
+            for question, right in zip(rows["question"], rows["answer"], strict=True):
+                assert answer(question, objects) == right
+        assert icons == {p.name for p in pictures} and signs == {*words}
+    tiles = [tile["text"] for tile in stored("scene_tiles", "seen")]
+    said = {text.removeprefix("sign saying ") for text in tiles if text.startswith("sign")}
+    assert len(tiles) == 4 * 22 and said == {*words}
+    test = [tile["text"] for tile in stored("scene_tiles", "test")]
+    assert sorted(test) == sorted([*(p.name for p in [*seen, *held]), *words])
+
+
+def test_signs_say_all_words_unless_told_otherwise(sides):
+    for make in (scenes.generate_scenes, scenes.generate_tiles):
+        usual, given, few = (
+            [record.get("captions") or record["text"] for record in make(*arguments)]
+            for arguments in (
+                (sides[0], 25, [1]),
+                (sides[0], 25, [1], scenes.signs_of("small")),
+                (sides[0], 25, [1], scenes.signs_of("tiny")),
+            )
+        )
+        assert usual == given != few

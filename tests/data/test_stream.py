@@ -335,6 +335,55 @@ def test_a_tokenizer_trained_on_conversations(root, tmp_path):
     assert tokenizer.decode(tokenizer.encode([said], 9).ids[0]) == said
 
 
+def trained_on(record, tmp_path, name, **options):
+    """A stream of this one record, and the tokenizer trained on it."""
+    write(tmp_path / "said.json", [record])
+    train = stream([source(tmp_path, "said")], **options)
+    config = data(train) | dict(tokenizer=dict(name="wordlevel", vocab_size=60))
+    return train, build_tokenizer(config, tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "template,asked,words",
+    [
+        ("qa", "<image>colour<image>mood", {"question", "answer"}),
+        ("vicuna_v1", "<image>colour<image>mood", {"user", "assistant"}),
+        ("llama2", "<image>colour<image>mood", {"inst"}),
+        ("paligemma", "<image><image>colour mood", set()),
+        ("interleaved", "<image><image>colour mood", {"question", "answer"}),
+    ],
+)
+def test_a_trained_tokenizer_knows_the_words_of_the_template(
+    root, tmp_path, template, asked, words
+):
+    """Nothing that it was trained on is unknown, and no word is two that stood apart."""
+    record = {
+        "image": [str(root / "0.png"), str(root / "1.png")],
+        "conversations": [
+            {"from": "human", "value": asked},
+            {"from": "gpt", "value": "spring"},
+            {"from": "human", "value": "season"},
+            {"from": "gpt", "value": "autumn"},
+        ],
+    }
+    train, tokenizer = trained_on(record, tmp_path, "run", template=template)
+    (row,) = alone(train, tokenizer).values()
+    tokens = row["tokens"][(row["segments"] > 0) & (row["place"] < 0)]
+    assert len(tokens) > 5 and tokenizer.unknown_id not in tokens
+    learnt = {word for word in tokenizer.backend.get_vocab() if word.isalpha()}
+    assert learnt == words | {"colour", "mood", "season", "spring", "autumn"}
+
+
+def test_a_trained_tokenizer_knows_what_the_system_says(tmp_path):
+    said = [{"from": "human", "value": "what"}, {"from": "gpt", "value": "dog"}]
+    words = {}
+    for name, system in dict(own="Be brief.", usual=None).items():
+        _, tokenizer = trained_on({"conversations": said}, tmp_path, name, system=system)
+        words[name] = set(tokenizer.backend.get_vocab())
+    assert {"be", "brief"} <= words["own"] and "curious" not in words["own"]
+    assert "curious" in words["usual"]  # of Vicuna's own
+
+
 def test_worker_processes_make_the_same(root, tokenizer):
     expected = taken(opened(mixture(root), tokenizer), 4)
     loader = opened(mixture(root), tokenizer, workers=2)
@@ -510,6 +559,46 @@ def test_questions_are_what_training_has(root, tokenizer):
         )
     first, second = questions[:2]
     assert first.images is second.images
+
+
+def test_questions_about_texts_are_what_training_has(tokenizer, tmp_path):
+    """No image, no visual tokens, and the description before each question."""
+    records = [
+        {
+            "captions": f"a red {word}",
+            "questions": [
+                {"question": "what is there?", "answer": word, "choices": ["square", word]},
+                {"question": "how many cats?", "answer": "three"},
+            ],
+        }
+        for word in ("dog", "tree", "cat")
+    ]
+    write(tmp_path / "told.json", records)
+    sources = [source(tmp_path, "told", form="described")]
+    config = stream(sources, template="qa", system=None, layout=None, images=0)
+    questions = list(open_questions(config, tokenizer))
+    assert [q.id[-4:] for q in questions] == [f"{i}]/{k}" for i in range(3) for k in range(2)]
+    for i, word in enumerate(("dog", "tree", "cat")):
+        first, second = questions[2 * i : 2 * i + 2]
+        said = [tokenizer.decode(q.ids) for q in (first, second)]
+        assert [" ".join(text.split()) for text in said] == [
+            f"question: a red {word} what is there? answer:",
+            f"question: a red {word} how many cats? answer:",
+        ]
+        assert (first.answers, second.answers) == ((word,), ("three",))
+        assert first.choices == ("square", word) and second.choices is None
+        np.testing.assert_array_equal(first.choice_ids[1], first.answer_ids)
+    for question in questions:
+        assert len(question.images) == 0 and question.images.ndim == 4
+        assert question.picture is None and question.visual == 0
+        assert (question.place == -1).all() and len(question.place) == len(question.ids)
+    for name, row in alone(config, tokenizer).items():
+        question = next(q for q in questions if q.id == f"{name}/0")
+        ids = np.concatenate([question.ids, question.answer_ids])
+        np.testing.assert_array_equal(row["tokens"][row["segments"] > 0], ids)
+        np.testing.assert_array_equal(
+            row["weights"][: len(ids)] > 0, np.arange(len(ids)) >= len(question.ids)
+        )
 
 
 def test_questions_asked_apart_share_the_tokens_of_their_image(root, tokenizer):

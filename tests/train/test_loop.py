@@ -1,5 +1,6 @@
 """One run seen from inside: how often it compiles, and what it does when the loss is not finite."""
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -103,6 +104,25 @@ def test_goes_on_from_the_last_good_checkpoint(runs):
     assert all(np.isfinite(row.get("train/loss", 0.0)) for row in rows)
     starts = json.loads((workdir / "manifest.json").read_text())
     assert [start["resumed_from"] for start in starts] == [0, 6]
+
+
+def test_the_manifest_knows_which_records_came(runs):
+    """A digest of their names, batch after batch: of the interrupted run, what its loader gives
+    without a stop. When a run ended stands there too, if it did."""
+    broken, resumed = json.loads((runs[0] / "manifest.json").read_text())
+    assert "finished" not in broken and "order_sha256" not in broken
+    assert resumed["started"] <= resumed["finished"]
+    config = digits_config.get_config("steps=12,every=3")
+
+    def digest(seed):
+        loader = datasets.open_train(config.data, None, batch_size=32, seed=seed)
+        order = ""
+        for _ in range(12):
+            order = hashlib.sha256(f"{order}{next(loader).ids}".encode()).hexdigest()
+        loader.close()
+        return order
+
+    assert resumed["order_sha256"] == digest(config.seed) != digest(config.seed + 1)
 
 
 def test_a_gradient_may_be_infinite_where_the_loss_is_not(tmp_path):

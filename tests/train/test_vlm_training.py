@@ -423,6 +423,12 @@ def test_an_interrupted_stage_goes_on_as_if_it_had_not_been(root, aligned, tmp_p
     jax.tree.map(
         np.testing.assert_array_equal, launch.parameters(workdir), launch.parameters(aligned)
     )
+    assert order(workdir) == order(aligned)
+
+
+def order(workdir):
+    """The digest of the records that came, of a finished run."""
+    return json.loads((workdir / "manifest.json").read_text())[-1]["order_sha256"]
 
 
 def test_tuning_begins_where_alignment_ended(root, aligned, tmp_path, monkeypatch):
@@ -433,7 +439,7 @@ def test_tuning_begins_where_alignment_ended(root, aligned, tmp_path, monkeypatc
         return ""
 
     monkeypatch.setattr(loop, "fingerprint", remember)
-    loop.train(tuning(root, aligned, train=dict(steps=2, batch_size=4)), tmp_path / "tune")
+    loop.train(tuning(root, aligned, train=dict(steps=4, batch_size=4)), tmp_path / "tune")
     ended = launch.parameters(aligned)
     assert ended["trainable"] and ended["frozen"]
     ended = ended["trainable"] | ended["frozen"]
@@ -442,6 +448,8 @@ def test_tuning_begins_where_alignment_ended(root, aligned, tmp_path, monkeypatc
         np.testing.assert_array_equal(first[path], value)
     tuned = launch.parameters(tmp_path / "tune")["trainable"]
     assert moved(tuned, ended) == {"encoder", "connector", "lm"}
+    # Of the same data, with another seed.
+    assert len(order(aligned)) == 64 and order(tmp_path / "tune") != order(aligned)
 
 
 WORDS_OF = "connector/(head|token)/embedding"
@@ -457,7 +465,8 @@ def naming(root, start):
         model=model,
         init=init,
         rules=dict(trainable=trainable),
-        train=dict(steps=20, batch_size=4, log_every=1),
+        train=dict(steps=48, batch_size=4, log_every=1),
+        checkpoint=dict(every=4, keep_every=4),
     )
     with config.unlocked():
         config.task = dict(name="words")
@@ -470,7 +479,7 @@ def test_alignment_by_words(root, aligned, tmp_path):
     losses = [row["train/loss"] for row in launch.rows(tmp_path / "run")]
     # Rows without a sample of one picture have none.
     losses = [loss for loss in losses if loss > 0]
-    assert len(losses) > 6 and np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
+    assert len(losses) > 12 and np.mean(losses[-6:]) < 0.8 * np.mean(losses[:3])
     ended, lm = launch.parameters(tmp_path / "run"), launch.parameters(aligned)["frozen"]
     assert set(ended["trainable"]) == {
         f"connector/{name}"
@@ -480,6 +489,9 @@ def test_alignment_by_words(root, aligned, tmp_path):
     # Both tables are the language model's, which nothing has changed.
     for path in ("connector/head/embedding", "connector/token/embedding", "lm/token/embedding"):
         np.testing.assert_array_equal(ended["frozen"][path], lm["lm/token/embedding"])
+    # Another model and task, but the same records, as far as the other run went.
+    position = json.loads((tmp_path / "run/checkpoints/4/data/metadata").read_text())
+    assert position["order_sha256"] == order(aligned)
 
 
 def test_whose_words_a_picture_names(root, aligned, tokenizer):
