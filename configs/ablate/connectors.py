@@ -7,7 +7,7 @@ An image encoder and a small language model are trained first; then, for each ar
 language model on questions about composed scenes (configs/connectors/scenes.py). Rates are chosen
 on validation scenes, arms are compared on others.
 
-- `:smoke` is the same study with a few steps, for tests.
+- `:smoke` is for tests: a few steps, and one budget a connector.
 - `:full` is for one GPU: SmolLM2-135M-Instruct, 105 concepts and a larger encoder, several
   processes at a time (`--processes 6`).
 """
@@ -19,20 +19,21 @@ from mmjax.study import Study
 
 KEEPS = ("linear", "mlp")  # a token of each feature
 TOKENS, ALL = (9, 36), 144
-FROZEN = ("pooling", "perceiver", "cross_attention")
-
 # As few tokens as the middle budget by half the resolution; and a language model that stays as it
 # is.
-BESIDE = {f"{name},tokens=36,res=24": dict(connector=name, tokens=36, res=24) for name in KEEPS} | {
-    f"{name},tokens=36,frozen LM": dict(connector=name, tokens=36, freeze="yes") for name in FROZEN
+BESIDE = {"mlp,tokens=36,res=24": dict(connector="mlp", tokens=36, res=24)} | {
+    f"{name},tokens=36,frozen LM": dict(connector=name, tokens=36, freeze="yes")
+    for name in ("perceiver", "cross_attention")
 }
 SKIP = [dict(connector=name, tokens=tokens) for name in KEEPS for tokens in TOKENS] + [
     dict(connector=name, tokens=ALL) for name in CONNECTORS if name not in KEEPS
 ]
+# Of the smallest: one budget each.
+SMOKE = [dict(tokens=TOKENS[0])]
 
 SIZES = {
-    "": dict(steps=200, batch=8, rates=(1e-3, 3e-3), seeds=3, eval=400, encoder=400, reader=1500),
-    "smoke": dict(steps=4, batch=2, rates=(2e-3,), seeds=1, eval=8, encoder=2, reader=2),
+    "": dict(steps=300, batch=8, rates=(1e-3, 2e-3), seeds=3, eval=300, encoder=400, reader=1000),
+    "smoke": dict(steps=2, batch=2, rates=(1e-3,), seeds=1, eval=4, encoder=2, reader=2),
     "full": dict(steps=600, batch=16, rates=(1e-4, 3e-4), seeds=3, eval=1000, encoder=1600),
 }
 
@@ -43,7 +44,7 @@ def get_study(arg: str | None = None) -> Study:
     Args:
       arg: "smoke", "full", or nothing.
     """
-    size, full = arg or "", arg == "full"
+    size, full, smoke = arg or "", arg == "full", arg == "smoke"
     if size not in SIZES:
         raise ConfigError(f"{size!r} is no size of this study; {nearest(size, SIZES)}")
     sizes = SIZES[size]
@@ -65,8 +66,8 @@ def get_study(arg: str | None = None) -> Study:
         rates=sizes["rates"],
         seeds=sizes["seeds"],
         before=before,
-        skip=SKIP,
-        beside=BESIDE,
+        skip=SKIP + SMOKE * smoke,
+        beside={} if smoke else BESIDE,
         arguments=arguments | {name: sizes[name] for name in ("steps", "batch", "eval")},
         slurm=dict(timeout_min=60, cpus_per_task=2),
     )

@@ -115,9 +115,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         tile in pixels: 48, as drawn, or 24; feature, the block of the encoder whose output is read
         (-1: the last); freeze, of the language model: "no" or "yes"; encoder, the run whose image
         tower is taken; size, of it; lm, a run of configs/lm/scenes.py or "smollm2"; concepts;
-        steps, batch (scenes), questions (of each scene), describe (share of
-        scenes that are to be described as well), lr; dtype; eval (questions of new scenes;
-        half as many choose between rates).
+        steps, batch (scenes), questions (of each scene), describe (share of scenes that are to be
+        described as well), lr; dtype; eval (questions of new scenes; half as many choose between
+        rates).
     """
     arg = parse_arg(
         arg,
@@ -130,11 +130,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
         size="Xxs",
         lm="runs/reader",
         concepts="tiny",
-        steps=200,
+        steps=300,
         batch=8,
         questions=12,
-        describe=0.5,
-        lr=2e-3,
+        describe=0.0,
+        lr=1e-3,
         dtype="float32",
         eval=300,
     )

@@ -17,10 +17,10 @@ MODEL = dict(
     name="lm",
     vocab_size=320,
     max_len=512,
-    width=64,
-    depth=3,
+    width=128,
+    depth=4,
     heads=4,
-    mlp_width=192,
+    mlp_width=384,
     activation="silu",
     norm_eps=1e-5,
     tied=True,
@@ -35,7 +35,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
       arg: steps, batch (rows), length (tokens of a row), lr; concepts (see `mmjax.data.scenes`);
         eval (questions of new scenes).
     """
-    arg = parse_arg(arg, steps=1500, batch=12, length=320, lr=2e-3, concepts="tiny", eval=300)
+    arg = parse_arg(arg, steps=1000, batch=12, length=320, lr=1e-3, concepts="tiny", eval=300)
     targets = arg.length // 3
 
     def data(split: str, **form) -> dict:
