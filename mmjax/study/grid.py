@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import json
@@ -15,7 +16,8 @@ from mmjax import config as configs
 from mmjax.registry import nearest
 from mmjax.train.handover import model_dataclass
 
-STUDY = "study.json"  # what a directory is the study of
+# In the directory of a study: what it is the study of, and what its arms cost when they run.
+STUDY, COSTS = "study.json", "costs.json"
 
 
 class StudyError(ValueError):
@@ -203,6 +205,9 @@ def plan(study: Study) -> list[Arm]:
       StudyError: listing every arm whose config is refused, and arms that are equal.
     """
     arms = arms_of(study)
+    twice = [name for name, n in collections.Counter(arm.name for arm in arms).items() if n > 1]
+    if twice:
+        raise StudyError(f"Arms beside the grid are called like arms of it: {', '.join(twice)}.")
     problems: list[str] = []
     seen: dict[str, str] = {}
     stages = study.stages or (None,)

@@ -16,8 +16,7 @@ from mmjax import params, rules
 from mmjax.connectors import cost
 from mmjax.models import MODELS, VLMConfig
 from mmjax.registry import nearest
-from mmjax.study.grid import Arm, Study, StudyError, config_of, first_command
-from mmjax.study.speed import COSTS
+from mmjax.study.grid import COSTS, Arm, Study, StudyError, config_of, first_command
 from mmjax.train.handover import model_dataclass
 from mmjax.train.logging import read_metrics
 from mmjax.train.workdir import write_atomically

@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from mmjax.study.grid import STUDY, Arm, Study, StudyError, command, plan, workdir_before
+from mmjax.study.grid import COSTS, STUDY, Arm, Study, StudyError, command, plan, workdir_before
 from mmjax.study.report import write_report
 from mmjax.study.results import (
     TOKENS,
@@ -33,7 +33,6 @@ from mmjax.study.results import (
     summarise,
     write_tables,
 )
-from mmjax.study.speed import COSTS
 from mmjax.train.logging import read_metrics
 from mmjax.train.loop import ORDER
 from mmjax.train.workdir import write_atomically

@@ -23,12 +23,11 @@ from flax import nnx
 
 from mmjax import params
 from mmjax.flops import matmul_flops
-from mmjax.models import MODELS, VLMConfig
-from mmjax.study.grid import STUDY, Arm, Study, arms_of, config_of, first_command
+from mmjax.models import MODELS, FlamingoConfig, MllamaConfig, VLMConfig
+from mmjax.study.grid import COSTS, STUDY, Arm, Study, arms_of, config_of, first_command
 from mmjax.train.handover import model_dataclass
 from mmjax.train.workdir import write_atomically
 
-COSTS = "costs.json"
 QUESTION, ROUNDS = 32, 15
 
 
@@ -36,7 +35,8 @@ def prefill(config: VLMConfig) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """What is run, and what it is given: parameters, tokens [1, T], images and places."""
     make = MODELS[config.name][1]
     graph, weights = params.split(nnx.jit(lambda: make(config, rngs=nnx.Rngs(0)))())
-    visual = config.image_tokens
+    # One token stands for an image that is looked at from between the blocks.
+    visual = 1 if isinstance(config, FlamingoConfig | MllamaConfig) else config.image_tokens
     length = visual + QUESTION
     tokens = jnp.ones((1, length), jnp.int32)
     place = jnp.where(jnp.arange(length) < visual, jnp.arange(length), -1)[None]

@@ -19,6 +19,37 @@ STUDY = Study(
 )
 
 
+# A config of a vision-language model whose connector makes side x side tokens.
+VLM = """
+from ml_collections import ConfigDict
+from mmjax.config import parse_arg
+
+
+def get_config(arg=None):
+    arg = parse_arg(arg, side=2, lr=1e-3)
+    tower = dict(width=16, depth=1, heads=2, mlp_width=16, norm_eps=1e-6)
+    return ConfigDict(dict(
+        seed=0,
+        optimizer=dict(learning_rate=arg.lr),
+        rules=dict(trainable=(("encoder/.*", False), (".*", True))),
+        model=dict(
+            name="vlm",
+            encoder=dict(
+                image_size=16, patch_size=4, activation="gelu", pooling="none",
+                position="learned", **tower,
+            ),
+            connector=dict(name="pooling", grid=(arg.side, arg.side)),
+            lm=dict(
+                vocab_size=8, max_len=16, activation="silu", tied=True,
+                rope=dict(theta=1e4), **tower,
+            ),
+            image_token=8,
+            features=(-1,),
+        ),
+    ))
+"""
+
+
 def replace(**fields):
     return dataclasses.replace(STUDY, **fields)
 
@@ -52,6 +83,30 @@ def get_config(arg=None):
     )
     study = Study(config=str(file), axes={"source": ("a", "b")}, metric="eval/x", rates=(1e-3,))
     assert [arm.name for arm in plan(study)] == ["source=a", "source=b"]
+
+
+def test_arms_beside_the_grid():
+    beside = {"deep": {"model.depth": 3, "batch": 64}}
+    arms = plan(replace(beside=beside))
+    assert arms[-1].name == "deep" and arms[-1].levels == {} and len(arms) == 5
+    config = config_of(command(STUDY, arms[-1], rate=1e-2, seed=0, stage=None, start=None))
+    assert (config.train.batch_size, config.model.depth) == (64, 3)
+    with pytest.raises(StudyError, match=r"called like arms of it: batch=16,width=a\."):
+        plan(replace(beside={"batch=16,width=a": {"model.depth": 3}}))
+    with pytest.raises(StudyError, match="deep: its config is that of batch=16,width=b"):
+        plan(replace(beside={"deep": {"batch": 16, "model.depth": 2}}))
+
+
+def test_runs_that_come_before(tmp_path):
+    study = load_study("configs/ablate/connectors.py")
+    assert set(study.before) == {"encoder", "lm"}
+    arguments = command(
+        study, plan(study)[0], rate=1e-3, seed=0, stage=None, start=None, directory=tmp_path
+    )
+    assert f"encoder={tmp_path}/before/encoder/train,lm={tmp_path}/before/lm/train" in arguments[1]
+    wrong = dataclasses.replace(study, before={"lm": "configs/lm/scenes.py:stpes=3"})
+    with pytest.raises(StudyError, match=r"before 'lm': .*did you mean 'steps'.*Nothing has"):
+        plan(wrong)
 
 
 def test_stages_follow_each_other(tmp_path):
@@ -91,36 +146,8 @@ def test_what_cannot_be_studied(fields, said):
 
 
 def test_what_connectors_cannot_meet_is_said_before_anything_runs(tmp_path):
+    (tmp_path / "base.py").write_text(VLM)
     file = tmp_path / "base.py"
-    file.write_text(
-        """
-from ml_collections import ConfigDict
-from mmjax.config import parse_arg
-
-
-def get_config(arg=None):
-    arg = parse_arg(arg, side=2, lr=1e-3)
-    tower = dict(width=16, depth=1, heads=2, mlp_width=16, norm_eps=1e-6)
-    return ConfigDict(dict(
-        seed=0,
-        optimizer=dict(learning_rate=arg.lr),
-        model=dict(
-            name="vlm",
-            encoder=dict(
-                image_size=16, patch_size=4, activation="gelu", pooling="none",
-                position="learned", **tower,
-            ),
-            connector=dict(name="pooling", grid=(arg.side, arg.side)),
-            lm=dict(
-                vocab_size=8, max_len=16, activation="silu", tied=True,
-                rope=dict(theta=1e4), **tower,
-            ),
-            image_token=8,
-            features=(-1,),
-        ),
-    ))
-"""
-    )
     study = Study(config=str(file), axes={"side": (2, 5, 6)}, metric="eval/x", rates=(1e-3,))
     with pytest.raises(StudyError) as error:
         plan(study)
@@ -135,6 +162,16 @@ def test_studies_of_this_repository_can_be_run(file, monkeypatch):
     monkeypatch.chdir(ROOT)
     study = load_study(str(file))
     assert len(plan(study)) > 1 and study.seeds >= 3
+
+
+@pytest.mark.parametrize(("size", "arms"), [("", 17), ("smoke", 8), ("full", 17)])
+def test_the_study_of_connectors(size, arms, monkeypatch):
+    pytest.importorskip("gguf")
+    monkeypatch.chdir(ROOT)
+    study = load_study(f"configs/ablate/connectors.py:{size}")
+    found = plan(study)
+    assert len(found) == arms
+    assert {arm.settings["connector"] for arm in found} == set(study.axes["connector"])
 
 
 def test_files_of_studies(tmp_path):

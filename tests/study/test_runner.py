@@ -2,6 +2,7 @@
 tests."""
 
 import concurrent.futures
+import dataclasses
 import json
 import os
 import re
@@ -34,6 +35,14 @@ class Imitation:
 
     def call(self, arguments, log, cache, slot):
         text = arguments[arguments.index("--config") + 1]
+        workdir = Path(arguments[arguments.index("--workdir") + 1])
+        if "lr=" not in text:  # comes before the arms
+            self.called.append(text)
+            if "before" in self.broken:
+                log.write_text("error: it cannot be\n")
+                return 1
+            self.finish(workdir, 0, [])
+            return 0
         batch, rate = re.search(r"batch=(\d+),lr=([\d.e-]+)", text).groups()
         seed = re.search(r"--config.seed=(\d+)", " ".join(arguments))[1]
         name = (int(batch), float(rate), int(seed))
@@ -43,15 +52,21 @@ class Imitation:
         if name in self.broken or name[:1] in self.broken:
             log.write_text("step 1\nTraceback (most recent call last):\nerror: it cannot be\n")
             return 1
-        workdir = Path(arguments[arguments.index("--workdir") + 1])
-        workdir.mkdir(parents=True, exist_ok=True)
         # The larger batch likes the larger rate.
         score = 0.5 + 0.1 * (float(rate) > 5e-3) * (1 if int(batch) > 16 else -1) + 0.01 * int(seed)
-        rows = [{"step": 1, "train/loss": 1.0}, {"step": 2, "eval/test/top1": score}]
-        (workdir / "manifest.json").write_text(json.dumps([{"order_sha256": str(seed)}]))
-        (workdir / "config.json").write_text(json.dumps({"evals": {"test": {}}}))
-        (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = [
+            {"step": 1, "train/loss": 1.0},
+            {"step": 2, "eval/test/top1": score, "eval/other/top1": 1 - score},
+        ]
+        self.finish(workdir, seed, rows)
         return 0
+
+    @staticmethod
+    def finish(workdir, seed, rows):
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "manifest.json").write_text(json.dumps([{"order_sha256": str(seed)}]))
+        (workdir / "config.json").write_text(json.dumps({"evals": {"test": {}, "other": {}}}))
+        (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def start(self):
         pass
@@ -112,6 +127,26 @@ def test_an_interrupted_study_ends_with_the_same_tables(tmp_path, monkeypatch):
 def without_seconds(report):
     """The table of costs says how long runs took."""
     return re.sub(r"## Costs.*?(?=\n!\[|\n## )", "", report, flags=re.S)
+
+
+def test_arms_are_compared_by_another_score(tmp_path, monkeypatch):
+    study = dataclasses.replace(STUDY, score="eval/other/top1")
+    run(tmp_path, monkeypatch, study)
+    assert tables(tmp_path)[1].rate.tolist() == [1e-3, 1e-2, 1e-2]  # as before
+    report = (tmp_path / "report.md").read_text()
+    # Of the seeds 0 to 2: 0.5 + 0.1 - 0.02 is not the best now.
+    assert "| batch=16 | 0.001 | 3 | 0.49 ± 0.01 |" in report
+    assert report.index("| batch=16 |") < report.index("| batch=32 |")
+
+
+def test_what_comes_before(tmp_path, monkeypatch):
+    study = dataclasses.replace(STUDY, before={"batch": "configs/vit/digits.py:steps=1"})
+    with pytest.raises(StudyError, match="All arms need runs that failed"):
+        run(tmp_path, monkeypatch, study, broken=("before",))
+    # An argument that the arms set themselves is theirs.
+    _, called, _ = run(tmp_path, monkeypatch, study)
+    assert called[:2] == ["configs/vit/digits.py:steps=1", (16, 1e-3, 0)]
+    assert run(tmp_path, monkeypatch, study)[:2] == ({}, [])
 
 
 def test_what_fails_does_not_stop_the_rest(tmp_path, monkeypatch):
