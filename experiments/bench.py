@@ -9,6 +9,7 @@ python -m experiments.bench generate [--weights DIR_OR_GGUF] [--batch 1 8]
 python -m experiments.bench load
 python -m experiments.bench vlm [--connectors mlp qformer]
 python -m experiments.bench search [--images 10000]
+python -m experiments.bench attention
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ BENCHES = {
     "vlm": "experiments._bench_vlm",
     "load": "experiments._bench_load",
     "search": "experiments._bench_search",
+    "attention": "experiments._bench_attention",
 }
 
 
