@@ -18,6 +18,7 @@ from mmjax.train.handover import model_dataclass
 
 # In the directory of a study: what it is the study of, and what its arms cost when they run.
 STUDY, COSTS = "study.json", "costs.json"
+_STAGES = "stages"
 
 
 class StudyError(ValueError):
@@ -36,7 +37,8 @@ class Study:
       config: a config file; `axes` and `arguments` are its arguments, or, where a name has a dot,
         keys of the config.
       axes: {axis: levels}. Levels are values of the argument or key that the axis is called; or a
-        mapping {level: {argument or key: value}}.
+        mapping {level: {argument or key: value}}. A level may set `stages`, as an argument, where
+        arms differ in them: one or two.
       metric: the score by which rates are chosen, as metrics.jsonl has it ("eval/validation/
         accuracy"); higher is better.
       score: the one that arms are compared by; "": `metric`, which makes the best rate look too
@@ -160,6 +162,7 @@ def command(
     """
     before = {name: workdir_before(directory, name) for name in study.before}
     settings = {**study.arguments, **before, **arm.settings}
+    settings.pop(_STAGES, None)
     arguments = {k: v for k, v in settings.items() if "." not in k} | {study.rate: rate}
     keys = {k: v for k, v in settings.items() if "." in k} | {"seed": seed}
     if stage is not None:
@@ -180,15 +183,21 @@ def command(
     ]
 
 
+def stages_of(study: Study, arm: Arm) -> tuple[str | None, ...]:
+    """The stages of a run; one without a name if it has none."""
+    return tuple(arm.settings.get(_STAGES, study.stages)) or (None,)
+
+
 def first_command(study: Study, arm: Arm, directory: Path = Path("study")) -> list[str]:
     """The last stage at the first rate with the first seed: what all runs of an arm agree in."""
+    stages = stages_of(study, arm)
     return command(
         study,
         arm,
         rate=study.rates[0],
         seed=0,
-        stage=study.stages[-1] if study.stages else None,
-        start=Path("start") if len(study.stages) > 1 else None,
+        stage=stages[-1],
+        start=Path("start") if len(stages) > 1 else None,
         directory=directory,
     )
 
@@ -210,7 +219,6 @@ def plan(study: Study) -> list[Arm]:
         raise StudyError(f"Arms beside the grid are called like arms of it: {', '.join(twice)}.")
     problems: list[str] = []
     seen: dict[str, str] = {}
-    stages = study.stages or (None,)
     for name, spec in study.before.items():
         try:
             configs.load(spec, [])
@@ -219,6 +227,7 @@ def plan(study: Study) -> list[Arm]:
     for arm in arms:
         texts = []
         try:
+            stages = stages_of(study, arm)
             for stage, before in zip(stages, (None, *stages), strict=False):
                 start = None if before is None else Path(before)
                 config = config_of(

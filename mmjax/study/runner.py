@@ -19,7 +19,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from mmjax.study.grid import COSTS, STUDY, Arm, Study, StudyError, command, plan, workdir_before
+from mmjax.study.grid import (
+    COSTS,
+    STUDY,
+    Arm,
+    Study,
+    StudyError,
+    command,
+    plan,
+    stages_of,
+    workdir_before,
+)
 from mmjax.study.report import write_report
 from mmjax.study.results import (
     TOKENS,
@@ -73,7 +83,7 @@ def make_run(study: Study, arm: Arm, rate: float, seed: int, directory: Path) ->
     root = directory
     directory = root / "runs" / arm.name / f"{study.rate}={rate:g}" / f"seed={seed}"
     stages, start = [], None
-    for stage in study.stages or (None,):
+    for stage in stages_of(study, arm):
         arguments = command(
             study, arm, rate=rate, seed=seed, stage=stage, start=start, directory=root
         )

@@ -7,6 +7,7 @@ import pytest
 
 from mmjax.study import Study, StudyError, load_study, plan
 from mmjax.study.grid import arms_of, command, config_of
+from mmjax.study.runner import make_run
 
 ROOT = Path(__file__).resolve().parents[2]
 DIGITS = "tests/experiments/digits_config.py"
@@ -123,6 +124,21 @@ def test_stages_follow_each_other(tmp_path):
         f"configs/llava/scenes.py:connector=align,lr=0.001,stage=tune,start={tmp_path}",
         "--config.seed=1",
     ]
+
+
+def test_arms_may_differ_in_their_stages(tmp_path):
+    study = Study(
+        config="configs/llava/scenes.py",
+        axes={"stages": {"one": {"stages": ("single",)}, "two": {"stages": ("align", "tune")}}},
+        metric="eval/scenes/accuracy",
+        rates=(1e-3,),
+    )
+    one, two = (make_run(study, arm, 1e-3, 0, tmp_path) for arm in arms_of(study))
+    assert [name for name, _ in one.stages] == ["single"]
+    assert [name for name, _ in two.stages] == ["align", "tune"]
+    start = f"start={two.directory}/align"
+    assert [start in arguments[1] for _, arguments in two.stages] == [False, True]
+    assert "stages" not in " ".join(one.stages[0][1][1:])
 
 
 @pytest.mark.parametrize(

@@ -245,3 +245,21 @@ def test_a_real_study_that_is_killed(tmp_path):
     whole, parts = (tables(tmp_path / name)[0] for name in ("whole", "parts"))
     columns = [name for name in whole if not name.startswith(("perf/", "seconds"))]
     pd.testing.assert_frame_equal(whole[columns], parts[columns])
+
+
+@pytest.mark.slow
+def test_the_smallest_study_of_connectors(tmp_path):
+    command = [
+        sys.executable, "-m", "experiments.ablate", "--processes", "2",
+        "--study", "configs/ablate/connectors.py:smoke", "--workdir", str(tmp_path / "study"),
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows, _ = tables(tmp_path / "study")
+    assert len(rows) == rows.arm.nunique() == 8 and rows.order.nunique() == 1
+    costs = json.loads((tmp_path / "study" / "costs.json").read_text())["arms"]
+    assert set(costs) == set(rows.arm)
+    report = (tmp_path / "study" / "report.md").read_text()
+    for title in ("Arms", "Groups of questions", "Controls", "Costs", "At equal visual tokens"):
+        assert f"## {title}" in report
+    assert "At equal connector parameters" in report and "same records" in report
