@@ -13,8 +13,8 @@ from mmjax.data.image import PRESETS, CorruptImageError, denormalize, preprocess
 from mmjax.data.loader import EvalLoader, Loader, open_eval, open_train
 from mmjax.data.pipeline import Batch, Skipped, TooManyBadRecordsError
 from mmjax.data.questions import Question, open_questions
+from mmjax.data.run_tokenizer import build_tokenizer
 from mmjax.data.sources import SOURCES, DataNotFoundError, open_source
-from mmjax.data.tokenizer import build_tokenizer
 
 __all__ = [
     "PRESETS",

@@ -26,9 +26,10 @@ from jax.sharding import Mesh
 from mmjax import convert
 from mmjax.data.conversations import MARKER, Conversation, Turn
 from mmjax.data.processor import check_vocabulary, load_processor
+from mmjax.data.run_tokenizer import build_tokenizer
 from mmjax.data.spec import parse
 from mmjax.data.stream import ConversationMaker, Drawn
-from mmjax.data.tokenizer import Tokenizer, build_tokenizer
+from mmjax.data.tokenizer import Tokenizer
 from mmjax.data.vlm_processor import VLMProcessor
 from mmjax.evaluate.likelihood import Likelihood, answer_arrays, answer_log_probs
 from mmjax.generation import Generated, Generator, Printer

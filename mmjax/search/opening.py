@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mmjax.config import ConfigError
 from mmjax.data.run_processor import RunProcessor
-from mmjax.data.tokenizer import build_tokenizer
+from mmjax.data.run_tokenizer import build_tokenizer
 from mmjax.search.embed import Embedder, fingerprint
 
 

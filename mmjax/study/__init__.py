@@ -3,7 +3,8 @@
 from mmjax.study.grid import Arm, Study, StudyError, load_study, plan
 from mmjax.study.report import write_report
 from mmjax.study.results import Answers, Results, choose_rates, read_rows, summarise, write_tables
-from mmjax.study.runner import Local, Run, run_study, slurm
+from mmjax.study.runner import Local, run_study, slurm
+from mmjax.study.runs import Run
 
 __all__ = [
     "Answers",

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 from flax import nnx
@@ -17,14 +17,12 @@ from mmjax.connectors import cost
 from mmjax.models import MODELS, VLMConfig
 from mmjax.registry import nearest
 from mmjax.study.grid import COSTS, Arm, Study, StudyError, config_of, first_command
+from mmjax.study.runs import Run
 from mmjax.train.handover import model_dataclass
 from mmjax.train.logging import read_metrics
 from mmjax.train.workdir import write_atomically
 
 TOKENS = "visual tokens"
-
-if TYPE_CHECKING:
-    from mmjax.study.runner import Run
 
 
 def read_rows(runs: Iterable[Run]) -> pd.DataFrame:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import fcntl
 import glob
 import json
-import math
 import os
 import queue
 import subprocess
@@ -19,17 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from mmjax.study.grid import (
-    COSTS,
-    STUDY,
-    Arm,
-    Study,
-    StudyError,
-    command,
-    plan,
-    stages_of,
-    workdir_before,
-)
+from mmjax.study.grid import COSTS, STUDY, Study, StudyError, plan
 from mmjax.study.report import write_report
 from mmjax.study.results import (
     TOKENS,
@@ -43,61 +31,13 @@ from mmjax.study.results import (
     summarise,
     write_tables,
 )
+from mmjax.study.runs import Run, make_run, run_before
 from mmjax.train.logging import read_metrics
 from mmjax.train.loop import ORDER
 from mmjax.train.workdir import write_atomically
 
-FINISHED, FAILED = "finished.json", "failed.json"
 _ROOT = Path(__file__).resolve().parents[2]
 _LINES = 12  # of the log of a run that failed
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One arm at one rate with one seed: its stages, in a directory of its own.
-
-    Attributes:
-      arm, rate, seed: which.
-      directory: of its stages' work directories and logs.
-      stages: (name, arguments of experiments.train but for the work directory).
-    """
-
-    arm: Arm
-    rate: float
-    seed: int
-    directory: Path
-    stages: tuple[tuple[str, tuple[str, ...]], ...]
-
-    @property
-    def finished(self) -> Path:
-        """The last stage's scores; there when all is done."""
-        return self.directory / FINISHED
-
-    @property
-    def failed(self) -> Path:
-        return self.directory / FAILED
-
-
-def make_run(study: Study, arm: Arm, rate: float, seed: int, directory: Path) -> Run:
-    """See `Run`."""
-    root = directory
-    directory = root / "runs" / arm.name / f"{study.rate}={rate:g}" / f"seed={seed}"
-    stages, start = [], None
-    for stage in stages_of(study, arm):
-        arguments = command(
-            study, arm, rate=rate, seed=seed, stage=stage, start=start, directory=root
-        )
-        name = stage or "train"
-        stages.append((name, tuple(arguments)))
-        start = directory / name
-    return Run(arm, rate, seed, directory, tuple(stages))
-
-
-def run_before(study: Study, name: str, directory: Path) -> Run:
-    """One of `study.before`."""
-    workdir = workdir_before(directory, name)
-    arguments = ("--config", study.before[name])
-    return Run(Arm(name, {}, {}), math.nan, 0, workdir.parent, ((workdir.name, arguments),))
 
 
 class Slot(NamedTuple):

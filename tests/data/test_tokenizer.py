@@ -7,7 +7,8 @@ import os
 import numpy as np
 import pytest
 
-from mmjax.data.tokenizer import HFTokenizer, build_tokenizer, train_tokenizer
+from mmjax.data.run_tokenizer import build_tokenizer
+from mmjax.data.tokenizer import HFTokenizer, train_tokenizer
 from mmjax.registry import UnknownNameError
 
 CAPTIONS = [

@@ -7,7 +7,7 @@ import pytest
 
 from mmjax.study import Study, StudyError, load_study, plan
 from mmjax.study.grid import arms_of, command, config_of
-from mmjax.study.runner import make_run
+from mmjax.study.runs import make_run
 
 ROOT = Path(__file__).resolve().parents[2]
 DIGITS = "tests/experiments/digits_config.py"

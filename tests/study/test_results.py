@@ -4,7 +4,7 @@ import json
 
 from mmjax.study import Study, plan
 from mmjax.study.results import TOKENS, arm_costs, read_answers
-from mmjax.study.runner import make_run
+from mmjax.study.runs import make_run
 from mmjax.study.speed import measure
 from tests.study.test_grid import VLM
 

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from mmjax.config import ConfigError
-from mmjax.data.tokenizer import build_tokenizer, train_tokenizer
+from mmjax.data.run_tokenizer import build_tokenizer
+from mmjax.data.tokenizer import train_tokenizer
 from mmjax.train.handover import check_handover, check_tokens, model_dataclass
 
 ENCODER = dict(
