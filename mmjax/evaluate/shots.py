@@ -104,18 +104,25 @@ def few_shot(
             f"{count} examples were asked for, but the support set has {len(support)} questions: "
             "lower `shots`, or raise `shots_pool`."
         )
-    chosen = CHOICES[by](questions, support, count, lambda some: _embed(some, context, params))
+    # Compiled once, for both sets.
+    run = jax.jit(lambda params, x: merge(context.graphdef, params).features(x).mean(axis=1))
+    chosen = CHOICES[by](questions, support, count, lambda some: _embed(some, run, params))
     return [
         with_shots(question, [support[row] for row in rows])
         for question, rows in zip(questions, chosen, strict=True)
     ]
 
 
-def _embed(questions: Sequence[Question], context: EvalContext, params: Params) -> np.ndarray:
-    """[N, D] float32 of unit norm: the mean feature of each question's images."""
+def _embed(
+    questions: Sequence[Question], run: Callable[[Params, np.ndarray], jax.Array], params: Params
+) -> np.ndarray:
+    """[N, D] float32 of unit norm: the mean feature of each question's images.
+
+    Args:
+      run: parameters and pictures to the mean feature of each.
+    """
     different = {id(question.images): question.images for question in questions}
     pictures = np.concatenate(list(different.values()))
-    run = jax.jit(lambda params, x: merge(context.graphdef, params).features(x).mean(axis=1))
     features = []
     for start in range(0, len(pictures), _BATCH):
         some = pictures[start : start + _BATCH]
