@@ -131,7 +131,13 @@ def _legend(axes: Any) -> None:
 def _effect(found: Comparison, axes: Any) -> str:
     first, second = list(found.study.axes)[:2]
     table = found.chosen.pivot_table(found.study.compared, first, second, sort=False)
-    _heat(axes, table.to_numpy(), list(table.index), list(table.columns), found.study.compared)
+    # As the study names them.
+    rows, columns = (
+        [level for level in map(str, found.study.axes[axis]) if level in there]
+        for axis, there in ((first, table.index), (second, table.columns))
+    )
+    table = table.loc[rows, columns]
+    _heat(axes, table.to_numpy(), rows, columns, found.study.compared)
     axes.set_xlabel(second)
     axes.set_ylabel(first)
     return f"{first} x {second}: the mean over seeds, and over what else the arms differ in."
