@@ -134,7 +134,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         batch=8,
         questions=12,
         describe=0.0,
-        lr=1e-3,
+        lr=3e-3,
         dtype="float32",
         eval=300,
     )
@@ -218,7 +218,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
         batch_size=32,
         note=ICONS_NOTE,
     )
-    kept = "(encoder|lm)/.*" if arg.freeze == "yes" else "encoder/.*"
+    # The language model knows what is asked for, and a connector has far to go: at one rate for both
+    # it has forgotten how to answer before it is shown anything that it can read.
+    kept, rates = "encoder/.*", (("lm/.*", 0.1), (".*", 1.0))
+    if arg.freeze == "yes":
+        kept, rates = "(encoder|lm)/.*", ((".*", 1.0),)
     return base_config(
         task=dict(name="vlm", targets=targets),
         model=model,
@@ -239,7 +243,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             weight_decay=0.01,
             clip_norm=1.0,
         ),
-        rules=dict(trainable=((kept, False), (".*", True))),
+        rules=dict(trainable=((kept, False), (".*", True)), learning_rate=rates),
         train=dict(steps=arg.steps, batch_size=arg.batch, log_every=max(arg.steps // 20, 1)),
         checkpoint=dict(every=arg.steps),
         evals=dict(
