@@ -218,8 +218,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         batch_size=32,
         note=ICONS_NOTE,
     )
-    # The language model knows what is asked for, and a connector has far to go: at one rate for both
-    # it has forgotten how to answer before it is shown anything that it can read.
+    # The language model knows what is asked for, and a connector has far to go: at one rate for
+    # both it has forgotten how to answer before it is shown anything that it can read.
     kept, rates = "encoder/.*", (("lm/.*", 0.1), (".*", 1.0))
     if arg.freeze == "yes":
         kept, rates = "(encoder|lm)/.*", ((".*", 1.0),)
