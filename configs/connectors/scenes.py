@@ -223,6 +223,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     kept, rates = "encoder/.*", (("lm/.*", 0.1), (".*", 1.0))
     if arg.freeze == "yes":
         kept, rates = "(encoder|lm)/.*", ((".*", 1.0),)
+    if crosses:
+        # Gates open from zero, as far as the rate takes them in so few steps.
+        rates = (("gated/.*_gate", 10.0), *rates)
     return base_config(
         task=dict(name="vlm", targets=targets),
         model=model,
