@@ -10,8 +10,9 @@ from samples import data, encode, picture
 
 from mmjax.data import TooManyBadRecordsError, open_eval, open_questions, open_train
 from mmjax.data.image import decode
+from mmjax.data.run_tokenizer import build_tokenizer
 from mmjax.data.spec import batch_fields
-from mmjax.data.tokenizer import build_tokenizer, train_tokenizer
+from mmjax.data.tokenizer import train_tokenizer
 from mmjax.data.visual import LAYOUTS
 
 LAYOUT = dict(name="tiles", preset="siglip", size=16, tokens=2, rows=2, columns=2)
