@@ -115,9 +115,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         tile in pixels: 48, as drawn, or 24; feature, the block of the encoder whose output is read
         (-1: the last); freeze, of the language model: "no" or "yes"; encoder, the run whose image
         tower is taken; size, of it; lm, a run of configs/lm/scenes.py or "smollm2"; concepts;
-        steps, batch (scenes), questions (of each scene), describe (share of scenes that are to be
-        described as well), lr; dtype; eval (questions of new scenes; half as many choose between
-        rates).
+        steps, batch (scenes), questions (of each scene), lr; dtype; eval (questions of new scenes;
+        half as many choose between rates).
     """
     arg = parse_arg(
         arg,
@@ -133,7 +132,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
         steps=300,
         batch=8,
         questions=12,
-        describe=0.0,
         lr=3e-3,
         dtype="float32",
         eval=300,
@@ -203,13 +201,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         )
         return dict(sources=[source], conversation=conversation)
 
-    train = data(
-        "train",
-        turns=arg.questions,
-        apart=True,
-        caption=arg.describe,
-        caption_field="captions",
-    )
+    train = data("train", turns=arg.questions, apart=True)
     train["conversation"] |= dict(max_targets=targets)
     asked = dict(
         name="vqa",

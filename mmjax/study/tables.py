@@ -117,8 +117,7 @@ class Comparison:
     def difference(self, one: str, other: str) -> Interval:
         answers = self.results.answers
         if answers is None:
-            return paired_difference(self.scores(one).to_frame(), self.scores(other).to_frame(
-                self.scores(one).name))  # fmt: skip
+            return paired_difference(self.scores(one).to_frame(), self.scores(other).to_frame())
         return paired_difference(answers.scores[one], answers.scores[other], answers.images)
 
     def ranks(self) -> Ranks:
@@ -164,10 +163,13 @@ def _arms(found: Comparison) -> Table:
         of = "seeds and groups of questions" if found.groups else "seeds"
         note += (
             f"Ranks are means over {ranks.blocks} blocks ({of}); those less than "
-            f"{ranks.distance:.2f} apart do not differ at the level of 5% (Nemenyi)"
+            f"{ranks.distance:.2f} apart do not differ at the level of 5% (Nemenyi). "
         )
-        note += "." if math.isnan(ranks.p) else f"; that all arms are alike has p = {ranks.p:.2g} "
-        note += "" if math.isnan(ranks.p) else "(Friedman). Blocks of one seed are not independent."
+    if not math.isnan(ranks.p):
+        note += (
+            f"That all arms are alike has p = {ranks.p:.2g} (Friedman). Blocks of one seed are not "
+            "independent."
+        )
     head = ("arm", study.rate, "seeds", study.compared, "mean rank", f"less than {best}")
     return Table("Arms", head, rows, note)
 

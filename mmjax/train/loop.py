@@ -105,6 +105,7 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -
         order = position.get(ORDER, "")
         log.info("Resuming from step %d.", start)
     if start >= experiment.train.steps:
+        workdirs.end_manifest(workdir, **{ORDER: order})  # if it was killed just before that
         scores = _last_scores(workdir, start)
         lines = "".join(f"\n  {name}: {value:.4g}" for name, value in scores.items())
         log.info("The run is complete; nothing is left to do. Its last scores:%s", lines)

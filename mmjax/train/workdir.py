@@ -138,13 +138,15 @@ def add_manifest(workdir: Path, entry: dict[str, Any]) -> None:
 
 
 def end_manifest(workdir: Path, **facts: Any) -> None:
-    """Add to the last entry of manifest.json that the run is finished, and what is known now."""
+    """Add to the last entry of manifest.json that the run is finished, and what is known now; one
+    that says so already stays."""
     if jax.process_index() != 0:
         return
     path = workdir / "manifest.json"
     entries = json.loads(path.read_text("utf-8"))
-    entries[-1] |= {"finished": _now(), **facts}
-    write_atomically(path, json.dumps(entries, indent=2))
+    if "finished" not in entries[-1]:
+        entries[-1] |= {"finished": _now(), **facts}
+        write_atomically(path, json.dumps(entries, indent=2))
 
 
 def _now() -> str:
