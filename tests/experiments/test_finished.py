@@ -1,6 +1,7 @@
 """What a run leaves behind, and what can be done with it afterwards."""
 
 import json
+import shutil
 import struct
 
 import jax
@@ -73,6 +74,18 @@ def test_a_finished_run_has_nothing_to_do(finished, caplog):
     assert here(train.main, *config) == 0
     assert contents(finished) == before
     assert "nothing is left to do" in caplog.text and "eval/test/top1" in caplog.text
+
+
+def test_a_run_killed_before_its_manifest_says_so_is_finished(finished, tmp_path):
+    """Its last checkpoint is there, and nothing is left to do but that line."""
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    whole = json.loads((workdir / "manifest.json").read_text())
+    cut = [{k: v for k, v in one.items() if k not in ("finished", "order_sha256")} for one in whole]
+    (workdir / "manifest.json").write_text(json.dumps(cut))
+    config = ("--config", str(launch.ROOT / launch.CONFIG), "--workdir", str(workdir))
+    assert here(train.main, *config) == 0
+    again = json.loads((workdir / "manifest.json").read_text())
+    assert again[-1]["order_sha256"] == whole[-1]["order_sha256"] and "finished" in again[-1]
 
 
 def test_evaluate_gives_the_last_scores(finished, tmp_path, capfd):
