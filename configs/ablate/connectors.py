@@ -8,8 +8,8 @@ language model on questions about composed scenes (configs/connectors/scenes.py)
 on validation scenes, arms are compared on others.
 
 - `:smoke` is for tests: a few steps, and one budget a connector.
-- `:full` is for one GPU: SmolLM2-135M-Instruct, 105 concepts and a larger encoder, several
-  processes at a time (`--processes 6`).
+- `:full` is for one GPU: SmolLM2-135M-Instruct, 105 concepts and a larger encoder, one budget a
+  connector, several processes at a time (`--processes 6`).
 """
 
 from configs.connectors.scenes import CONNECTORS
@@ -28,15 +28,15 @@ BESIDE = {"mlp,tokens=36,res=24": dict(connector="mlp", tokens=36, res=24)} | {
 SKIP = [dict(connector=name, tokens=tokens) for name in KEEPS for tokens in TOKENS] + [
     dict(connector=name, tokens=ALL) for name in CONNECTORS if name not in KEEPS
 ]
-# Of the smallest: one budget each.
-SMOKE = [dict(tokens=TOKENS[0])]
+# Without these, a connector has one budget.
+SECOND_BUDGET = [dict(tokens=TOKENS[0])]
 
 SIZES = {
     "": dict(
-        steps=250, batch=8, rates=(1e-3, 3e-3, 1e-2), seeds=3, eval=300, encoder=400, reader=1500
+        steps=250, batch=8, rates=(1e-3, 3e-3), seeds=3, eval=300, encoder=400, reader=1500
     ),
     "smoke": dict(steps=2, batch=2, rates=(1e-3,), seeds=1, eval=4, encoder=2, reader=2),
-    "full": dict(steps=600, batch=16, rates=(1e-3, 3e-3), seeds=3, eval=1000, encoder=1600),
+    "full": dict(steps=300, batch=16, rates=(3e-4, 1e-3), seeds=3, eval=400, encoder=800),
 }
 
 
@@ -46,7 +46,7 @@ def get_study(arg: str | None = None) -> Study:
     Args:
       arg: "smoke", "full", or nothing.
     """
-    size, full, smoke = arg or "", arg == "full", arg == "smoke"
+    size, full, every = arg or "", arg == "full", not arg
     if size not in SIZES:
         raise ConfigError(f"{size!r} is no size of this study; {nearest(size, SIZES)}")
     sizes = SIZES[size]
@@ -68,8 +68,8 @@ def get_study(arg: str | None = None) -> Study:
         rates=sizes["rates"],
         seeds=sizes["seeds"],
         before=before,
-        skip=SKIP + SMOKE * smoke,
-        beside={} if smoke else BESIDE,
+        skip=SKIP if every else SKIP + SECOND_BUDGET,
+        beside=BESIDE if every else {},
         arguments=arguments | {name: sizes[name] for name in ("steps", "batch", "eval")},
         slurm=dict(timeout_min=60, cpus_per_task=2),
     )

@@ -20,6 +20,7 @@ from mmjax.connectors.base import (
     at_least_one,
     make_connector,
 )
+from mmjax.nn.norm import NORMS
 from mmjax.typing import Array, Bool, Float
 
 
@@ -29,10 +30,14 @@ class FramesConfig(ConnectorConfig):
     Attributes:
       count: of the frames.
       each: the connector that reads one of them.
+      norm: of the tokens with their vectors, a name in `mmjax.nn.norm.NORMS`: what gated
+        cross-attention looks at should be of one size, as the tokens of Flamingo's resampler are,
+        which ends with a "layernorm". None: none.
     """
 
     count: int
     each: ConnectorConfig
+    norm: str | None = None
     name: str = dataclasses.field(default="frames", init=False)
 
     def __post_init__(self):
@@ -64,6 +69,7 @@ class Frames(Connector):
         self.each = make_connector(config.each, inputs, outputs, rngs=rngs)
         init = nnx.initializers.normal(outputs**-0.5)
         self.position = nnx.Param(init(rngs.params(), (config.count, outputs), jnp.float32))
+        self.norm = None if config.norm is None else NORMS[config.norm](outputs, eps=1e-5)
 
     def __call__(
         self, features: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None, grid: Grid
@@ -72,6 +78,8 @@ class Frames(Connector):
         count, width = tokens.shape[1:]
         clips = tokens.reshape(-1, self.config.count, count, width)
         clips = clips + self.position[...].astype(tokens.dtype)[:, None]
+        if self.norm is not None:
+            clips = self.norm(clips)
         return clips.reshape(len(features), -1, width), valid.reshape(len(features), -1)
 
     def name(

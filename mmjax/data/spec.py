@@ -141,6 +141,8 @@ class ConversationSpec:
       layout: one of `mmjax.data.visual.LAYOUTS`; None: text only.
       system: what the system says where a conversation does not; None: the template's default.
       pack: several conversations in a row; training only.
+      document: with `pack`, so many conversations of a row follow each other in one document, as
+        the examples and the question of a few-shot prompt do. 1: none sees another.
       window: records that are packed, or grouped, together.
       max_targets: supervised tokens of a row; a conversation with more is skipped.
       lengths: without packing, the lengths that rows may have, the last one `max_len`: training
@@ -160,6 +162,7 @@ class ConversationSpec:
     layout: Layout | None = None
     system: str | None = None
     pack: bool = False
+    document: int = 1
     window: int = 512
     max_targets: int | None = None
     lengths: tuple[int, ...] = ()
@@ -182,6 +185,11 @@ class ConversationSpec:
         if self.too_long not in TOO_LONG:
             raise UnknownNameError(
                 f"conversation too_long={self.too_long!r}; {nearest(self.too_long, TOO_LONG)}"
+            )
+        if self.document < 1 or (self.document > 1 and (self.prefix or not self.pack)):
+            raise ValueError(
+                f"conversation document={self.document}: documents of several conversations need "
+                "pack=True and prefix=False; 1 is for none."
             )
         if self.prefix and self.parents:
             raise ValueError(

@@ -83,7 +83,10 @@ class Sample(NamedTuple):
     def after(self, count: int) -> Sample:
         """Without its first tokens."""
         return self._replace(
-            tokens=self.tokens[count:], learnt=self.learnt[count:], place=self.place[count:]
+            tokens=self.tokens[count:],
+            learnt=self.learnt[count:],
+            place=self.place[count:],
+            branch=self.branch[count:],
         )
 
 
@@ -141,6 +144,11 @@ class ConversationMaker:
             raise ValueError(
                 "Questions that are asked apart need a template that says them, and "
                 f"{self._said.template!r} leaves them out: set another data conversation.template."
+            )
+        if conversation.apart and self._said.document > 1:
+            raise ValueError(
+                "Questions that are asked apart stand in no order, and those of a document do: set "
+                "apart=False in the form, or data conversation.document=1."
             )
         return Drawn(name, conversation, self.render(conversation))
 
@@ -326,9 +334,14 @@ class ConversationMaker:
         samples: Sequence[tuple[Sample, Sequence[np.ndarray]]],
     ) -> None:
         """Fills one row, fresh from `empty`, with samples and their pictures."""
-        at = seen = 0
+        at = seen = branches = 0
         segment = 1
-        for sample, pictures in samples:
+        for number, (sample, pictures) in enumerate(samples):
+            if number % self._said.document:
+                sample = sample.after(self.begin)  # a stream begins once
+            elif number:
+                segment += 1 + branches
+            branches = int(sample.branch.max())
             here = slice(at, at + len(sample.tokens))
             weight = self.spec.loss_weights[sample.record[0]]
             arrays["tokens"][row, here] = sample.tokens
@@ -343,7 +356,6 @@ class ConversationMaker:
             arrays["segments"][row, here] = segment + sample.branch
             if self._said.parents:
                 arrays["parents"][row, here] = np.where(sample.branch > 0, segment, 0)
-            segment += 1 + int(sample.branch.max())
             if self._said.prefix:
                 arrays["prefix"][row, at : at + sample.prompt] = True
             for several in pictures:

@@ -55,6 +55,10 @@ class GatedConfig:
       mlp_gated: whether the MLP has a gate of its own (as Llama's; IDEFICS).
       qk_norm: whether queries and keys are normalised over each head's width.
       gate: "scalar": one for each branch; "vector": one for each number of the stream.
+      copies: if not 0, values begin as the identity and outputs as so much of it: what is looked at
+        is added to the stream as it is, so many times as large. For visual tokens that are made of
+        the language model's own embeddings (the connector `align`), so that a picture of a thing
+        begins as its word.
     """
 
     heads: int = 8
@@ -67,6 +71,7 @@ class GatedConfig:
     mlp_gated: bool = False
     qk_norm: bool = False
     gate: str = "scalar"
+    copies: float = 0.0
 
     def __post_init__(self):
         check_choice("gate", self.gate, GATES)
@@ -111,6 +116,14 @@ class FlamingoConfig(VLMConfig):
             )
         if not 0 <= self.after < self.every:
             raise ValueError(f"after={self.after} must be at least 0 and below every={self.every}.")
+        heads = {self.gated.heads, self.gated.kv_heads or self.gated.heads}
+        widths = {self.visual_width, *(count * self.gated.head_dim for count in heads)}
+        if self.gated.copies and widths != {self.lm.width}:
+            raise ValueError(
+                f"copies={self.gated.copies}: the language model is {self.lm.width} wide, so visual tokens "
+                f"(visual_width={self.visual_width}) and heads must be too: heads * head_dim = "
+                f"kv_heads * head_dim = {self.lm.width}, not {', '.join(map(str, widths))}."
+            )
         if not 0 <= self.image_token < self.vocab_size:
             raise ValueError(
                 f"image_token={self.image_token} stands in the text, but there are vectors for "
@@ -213,6 +226,9 @@ class GatedBlock(nnx.Module):
             norm_eps=gated.norm_eps,
             rngs=rngs,
         )
+        if gated.copies:
+            self.attention.value.kernel[...] = jnp.eye(width)
+            self.attention.out.kernel[...] = gated.copies * jnp.eye(width)
         self.attention_gate = nnx.Param(jnp.zeros(shape, jnp.float32))
         self.mlp_norm = norm()
         self.mlp = MLP(

@@ -1,5 +1,7 @@
 """What every connector promises: its budget, its masks, its cost and its errors."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -112,6 +114,11 @@ def test_frames_are_read_one_by_one():
         expected = alone + connector.position[frame]
         np.testing.assert_allclose(tokens[:, here], expected, atol=1e-6)
         np.testing.assert_array_equal(valid[:, here], counts)
+    config = dataclasses.replace(config, norm="layernorm")
+    normed, _ = make_connector(config, WIDTH, WIDTH, rngs=nnx.Rngs(0))(features, mask, grid)
+    centred = tokens - tokens.mean(axis=-1, keepdims=True)
+    size = jnp.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(normed, centred / size, atol=1e-5)
     with pytest.raises(ConnectorError, match="reads 2 frames itself"):
         FramesConfig(3, SMALL["perceiver"])
     with pytest.raises(ConnectorError, match="23 features are not those of 3 frames"):

@@ -14,6 +14,7 @@ from mmjax.data.run_tokenizer import build_tokenizer
 from mmjax.data.spec import batch_fields
 from mmjax.data.tokenizer import train_tokenizer
 from mmjax.data.visual import LAYOUTS
+from mmjax.evaluate.shots import with_shots
 
 LAYOUT = dict(name="tiles", preset="siglip", size=16, tokens=2, rows=2, columns=2)
 PLACEHOLDER = 77
@@ -560,6 +561,43 @@ def test_questions_are_what_training_has(root, tokenizer):
         )
     first, second = questions[:2]
     assert first.images is second.images
+
+
+def test_documents_are_what_few_shot_prompts_have(root, tokenizer, tmp_path):
+    records = [
+        {"image": str(root / f"{i % 12}.png"), "question": f"how many {w}?", "answer": "red " * i + w}
+        for i, w in enumerate(WORDS)
+    ]
+    write(tmp_path / "shots.json", records)
+    config = stream([source(tmp_path, "shots", form="vqa")], template="interleaved", max_len=200)
+    config["conversation"] |= dict(images=28, window=len(WORDS))
+    asked = {question.id: question for question in open_questions(config, tokenizer)}
+    packed = config | {"conversation": config["conversation"] | dict(pack=True, document=3)}
+    lengths = set()
+    for batch in taken(opened(packed, tokenizer, batch=1), 6):
+        row = {key: array[0] for key, array in batch.arrays.items()}
+        shown = 0
+        for number, first in enumerate(range(0, len(batch.ids), 3)):
+            *shots, last = (asked[name] for name in batch.ids[first : first + 3])
+            prompt = with_shots(last, shots)
+            inside = row["segments"] == number + 1
+            tokens = np.concatenate([prompt.ids, last.answer_ids])
+            np.testing.assert_array_equal(row["tokens"][inside], tokens)
+            place = row["place"][inside][: len(prompt.place)]
+            expected = np.where(prompt.place >= 0, prompt.place + shown, prompt.place)
+            np.testing.assert_array_equal(place, expected)
+            learnt = np.concatenate([one.answer_ids for one in (*shots, last)])
+            np.testing.assert_array_equal(tokens[row["weights"][inside] > 0], learnt)
+            shown += prompt.visual
+            lengths.add(len(shots))
+        assert row["segments"].max() == number + 1
+    assert 2 in lengths and last.begin > 0
+    for wrong in (dict(document=3), dict(document=0), dict(document=2, pack=True, prefix=True)):
+        with pytest.raises(ValueError, match="need pack=True and prefix=False"):
+            opened(config | {"conversation": config["conversation"] | wrong}, tokenizer)
+    apart = source(root, "asked", form=dict(name="questions", turns=2, apart=True))
+    with pytest.raises(ValueError, match="apart=False in the form, or .*document=1"):
+        opened(stream([apart], pack=True, document=2, parents=True), tokenizer)
 
 
 def test_questions_about_texts_are_what_training_has(tokenizer, tmp_path):

@@ -13,7 +13,7 @@ from mmjax import params
 from mmjax.connectors import PerceiverConfig
 from mmjax.generation import Generator
 from mmjax.models import Flamingo, FlamingoConfig, LMConfig, ViTConfig
-from mmjax.models.flamingo import GatedConfig
+from mmjax.models.flamingo import Context, GatedBlock, GatedConfig
 from mmjax.nn.rope import Rope
 
 VOCAB, IMAGE = 20, 19
@@ -166,6 +166,18 @@ def test_a_token_sees_the_images_before_it_and_no_other(run, sees):
     np.testing.assert_array_equal(direct, np.repeat(seen[:, :, None], 3, axis=2))
 
 
+def test_what_is_looked_at_is_copied_at_first():
+    """Equal visual tokens are added to the stream, as the gate says."""
+    config = replace(gated=GatedConfig(heads=4, head_dim=8, copies=2.0), context_width=None)
+    block = GatedBlock(config, rngs=nnx.Rngs(0))
+    block.attention_gate[...] = jnp.float32(0.3)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1, 5, 32)).astype(np.float32)
+    token = rng.normal(size=32).astype(np.float32)
+    out = block(jnp.asarray(x), Context(jnp.asarray(np.tile(token, (1, 3, 1))), None))
+    np.testing.assert_allclose(out, x + np.tanh(0.3) * 2 * token, atol=1e-5)
+
+
 def test_an_image_that_is_not_there_is_noticed(run):
     """In its row only."""
     tokens = np.array([[3, IMAGE, 4, IMAGE, 5, 6], [3, IMAGE, 4, 7, 5, 6]], np.int32)
@@ -255,6 +267,7 @@ def test_beams_carry_their_images_along():
         (dict(image_token=VOCAB), "or more new_tokens"),
         (dict(newline=True), "newline=True"),
         (dict(attention="prefix"), "attention='prefix'"),
+        (dict(gated=GatedConfig(heads=4, head_dim=8, copies=2.0)), "visual_width=24"),
     ],
 )
 def test_what_does_not_fit_is_said(changes, message):
