@@ -37,11 +37,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     base = scenes.get_config(f"lm={lm}").model.to_dict()
     model = base | dict(
         name="flamingo",
-        connector=dict(
-            name="frames", count=len(CELLS), each=base["connector"], norm="layernorm"
-        ),
-        # The stream of SmolLM2 is of size 10 where gated blocks stand; a visual token of size 1 would
-        # take long to be heard.
+        connector=dict(name="frames", count=len(CELLS), each=base["connector"], norm="layernorm"),
+        # SmolLM2's stream is of size 10 where gated blocks stand, a visual token of size 1.
         gated=dict(
             heads=base["lm"]["heads"], head_dim=64, mlp_width=base["lm"]["width"], copies=10.0
         ),
