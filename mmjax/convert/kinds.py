@@ -152,6 +152,23 @@ def mixed(width: int) -> Kind:
 
 
 LINEAR: Kind = (Leaf(".weight", "/kernel", TRANSPOSED), Leaf(".bias", "/bias", SAME))
+# Convolutions [outputs, inputs, k, k]; those with k = 1 are linear layers here.
+CONV: Kind = (
+    Leaf(
+        ".weight",
+        "/kernel",
+        Transform(lambda x: (x.transpose(2, 3, 1, 0),), lambda x: x.transpose(3, 2, 0, 1)),
+    ),
+    Leaf(".bias", "/bias", SAME),
+)
+POINTWISE: Kind = (
+    Leaf(
+        ".weight",
+        "/kernel",
+        Transform(lambda x: (x[:, :, 0, 0].T,), lambda x: x.T[:, :, None, None]),
+    ),
+    Leaf(".bias", "/bias", SAME),
+)
 # GPT-2's "Conv1D": a linear layer whose weight is [inputs, outputs].
 CONV1D: Kind = (Leaf(".weight", "/kernel", SAME), Leaf(".bias", "/bias", SAME))
 NORM: Kind = (Leaf(".weight", "/scale", SAME), Leaf(".bias", "/bias", SAME))

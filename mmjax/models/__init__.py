@@ -17,6 +17,7 @@ from mmjax.models.text import TextConfig, TextOutput, TextTransformer
 from mmjax.models.tiled_vit import TiledViT, TiledViTConfig
 from mmjax.models.vit import ViT, ViTConfig, ViTOutput
 from mmjax.models.vlm import VLM, Seq2SeqVLM, Seq2SeqVLMConfig, VLMConfig, VLMOutput
+from mmjax.models.vqgan import VQGAN, VQGANConfig, VQGANOutput
 from mmjax.registry import Registry
 
 # name -> (the dataclass of its config, the module built from one)
@@ -37,6 +38,7 @@ MODELS.register("vlm")((VLMConfig, VLM))
 MODELS.register("flamingo")((FlamingoConfig, Flamingo))
 MODELS.register("mllama")((MllamaConfig, Mllama))
 MODELS.register("seq2seq_vlm")((Seq2SeqVLMConfig, Seq2SeqVLM))
+MODELS.register("vqgan")((VQGANConfig, VQGAN))
 
 __all__ = [
     "CLIP",
@@ -44,6 +46,7 @@ __all__ = [
     "MODELS",
     "T5",
     "VLM",
+    "VQGAN",
     "AltCLIP",
     "AltCLIPConfig",
     "AltText",
@@ -76,6 +79,8 @@ __all__ = [
     "TiledViTConfig",
     "VLMConfig",
     "VLMOutput",
+    "VQGANConfig",
+    "VQGANOutput",
     "ViT",
     "ViTConfig",
     "ViTOutput",

@@ -4,12 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from mmjax.nn.linear import ZEROS, Linear
 from mmjax.nn.mlp import ACTIVATIONS
 from mmjax.typing import Array, Float
+
+
+class Conv(nnx.Module):
+    """A convolution with a square kernel.
+
+    A weight [D, C, k, k] of PyTorch becomes `weight.transpose(2, 3, 1, 0)`.
+
+    Args:
+      inputs, outputs: numbers of channels C and D.
+      size: side of the kernel.
+      stride: of every `stride` places one has a result.
+      padding: zeros before the first row and column and after the last; None: as many on both
+        sides as keep the size of the grid where the stride is 1.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        size: int = 3,
+        stride: int = 1,
+        padding: tuple[int, int] | None = None,
+        rngs: nnx.Rngs,
+    ):
+        init = nnx.initializers.lecun_normal()
+        self.kernel = nnx.Param(init(rngs.params(), (size, size, inputs, outputs), jnp.float32))
+        self.bias = nnx.Param(ZEROS(rngs.params(), (outputs,), jnp.float32))
+        self.stride = stride
+        self.padding = (size // 2, size // 2) if padding is None else padding
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
+        y = jax.lax.conv_general_dilated(
+            x,
+            self.kernel[...].astype(x.dtype),
+            (self.stride, self.stride),
+            (self.padding, self.padding),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return y + self.bias[...].astype(x.dtype)
 
 
 class DepthwiseConv(nnx.Module):

@@ -78,6 +78,33 @@ class PlainLayerNorm(nnx.Module):
         return _standardise(x.astype(jnp.float32), self.eps).astype(x.dtype)
 
 
+class GroupNorm(nnx.Module):
+    """Zero mean, unit variance over groups of channels of a whole grid, then scale and bias (Wu and
+    He, 2018).
+
+    Args:
+      width: number of channels.
+      groups: a divisor of it.
+
+    Raises:
+      ValueError: if it is none.
+    """
+
+    def __init__(self, width: int, *, groups: int = 32, eps: float):
+        if width % groups:
+            raise ValueError(f"{width} channels do not make {groups} groups.")
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((width,), jnp.float32))
+        self.groups, self.eps = groups, eps
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        parts = x.astype(jnp.float32).reshape(*x.shape[:-1], self.groups, -1)
+        centred = parts - jnp.mean(parts, axis=(1, 2, 4), keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=(1, 2, 4), keepdims=True)
+        y = (centred * jax.lax.rsqrt(variance + self.eps)).reshape(x.shape)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
 def _unit_rms(x: Float[Array, "*batch d"], eps: float) -> Float[Array, "*batch d"]:
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
 

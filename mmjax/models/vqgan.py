@@ -1,0 +1,310 @@
+"""VQGAN: images as grids of codes, and back.
+
+Esser et al., "Taming Transformers for High-Resolution Image Synthesis" (2021): a convolutional
+encoder that halves the grid level by level, a codebook, and a decoder that doubles it. The image
+tokenizers of Make-A-Scene, Chameleon, LlamaGen and Janus are of this kind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+
+from mmjax.models.checks import check_dtype
+from mmjax.nn.attention import attend
+from mmjax.nn.codebook import Codebook, CodebookConfig
+from mmjax.nn.conv import Conv
+from mmjax.nn.linear import Linear
+from mmjax.nn.norm import GroupNorm
+from mmjax.typing import Array, Float, Int
+
+EPS = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class VQGANConfig:
+    """Everything that decides what a VQGAN computes.
+
+    Attributes:
+      image_size: side of the images in pixels. Others have codes too, if their sides are multiples
+        of `factor`.
+      codebook: of the codes.
+      width: channels at full resolution.
+      multipliers: of them, level by level; each level but the last halves the grid.
+      depth: residual blocks of a level; the decoder has one more.
+      latent: channels between encoder and codebook, and between codebook and decoder.
+      attends: levels whose blocks are followed by attention over the grid.
+      middle_attends: whether there is attention at the middle, between encoder and decoder.
+      channels: of images.
+      groups: of the group norms.
+      decodes: whether there is a decoder; without it codes can be made, and no images.
+      dtype: of the computation.
+    """
+
+    image_size: int
+    codebook: CodebookConfig
+    width: int = 128
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    depth: int = 2
+    latent: int = 256
+    attends: tuple[int, ...] = ()
+    middle_attends: bool = True
+    channels: int = 3
+    groups: int = 32
+    decodes: bool = True
+    dtype: str = "float32"
+    name: str = dataclasses.field(default="vqgan", init=False)
+
+    def __post_init__(self):
+        check_dtype(self.dtype)
+        if not self.multipliers or self.depth < 1:
+            raise ValueError(
+                f"multipliers={self.multipliers}, depth={self.depth}: a VQGAN needs a level, and "
+                "each level a block."
+            )
+        if self.image_size % self.factor:
+            raise ValueError(
+                f"image_size={self.image_size} is no multiple of {self.factor}: each of "
+                f"{self.levels} levels but the last halves the grid."
+            )
+        wrong = [level for level in self.attends if not 0 <= level < self.levels]
+        if wrong:
+            raise ValueError(f"attends={self.attends}: the levels are 0 to {self.levels - 1}.")
+        narrow = [width for width in self.widths if width % self.groups]
+        if narrow:
+            raise ValueError(
+                f"width={self.width} with multipliers={self.multipliers} makes levels of "
+                f"{narrow[0]} channels, which are not {self.groups} groups."
+            )
+
+    @property
+    def levels(self) -> int:
+        return len(self.multipliers)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level."""
+        return tuple(self.width * times for times in self.multipliers)
+
+    @property
+    def factor(self) -> int:
+        """Pixels along the side of what becomes one code."""
+        return 2 ** (self.levels - 1)
+
+
+class VQGANOutput(NamedTuple):
+    """
+    Attributes:
+      images: [B, H, W, C], what the decoder makes of the codes.
+      codes: [B, H / factor, W / factor] int32.
+      loss: that of the codebook; see `Quantized`.
+    """
+
+    images: Array
+    codes: Array
+    loss: Array
+
+
+class ResidualBlock(nnx.Module):
+    """Two convolutions, each after a norm and SiLU, around which the input goes."""
+
+    def __init__(self, inputs: int, outputs: int, groups: int, *, rngs: nnx.Rngs):
+        self.first_norm = GroupNorm(inputs, groups=groups, eps=EPS)
+        self.first = Conv(inputs, outputs, rngs=rngs)
+        self.second_norm = GroupNorm(outputs, groups=groups, eps=EPS)
+        self.second = Conv(outputs, outputs, rngs=rngs)
+        self.shortcut = None if inputs == outputs else Linear(inputs, outputs, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+        y = self.first(jax.nn.silu(self.first_norm(x)))
+        y = self.second(jax.nn.silu(self.second_norm(y)))
+        return y + (x if self.shortcut is None else self.shortcut(x))
+
+
+class GridAttention(nnx.Module):
+    """Attention of one head over all places of the grid, added to the input."""
+
+    def __init__(self, width: int, groups: int, *, rngs: nnx.Rngs):
+        self.norm = GroupNorm(width, groups=groups, eps=EPS)
+        self.query = Linear(width, width, rngs=rngs)
+        self.key = Linear(width, width, rngs=rngs)
+        self.value = Linear(width, width, rngs=rngs)
+        self.out = Linear(width, width, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        y = self.norm(x).reshape(x.shape[0], -1, 1, x.shape[-1])
+        y = attend(self.query(y), self.key(y), self.value(y))
+        return x + self.out(y).reshape(x.shape)
+
+
+class Level(nnx.Module):
+    """Blocks of one width, perhaps with attention, and what makes the next grid of their result.
+
+    Args:
+      count: of the blocks.
+      attends: whether attention follows each of them.
+      sample: a convolution, where the grid changes after the level.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        width: int,
+        count: int,
+        config: VQGANConfig,
+        *,
+        attends: bool,
+        sample: Conv | None,
+        rngs: nnx.Rngs,
+    ):
+        self.blocks = nnx.List(
+            ResidualBlock(width if number else inputs, width, config.groups, rngs=rngs)
+            for number in range(count)
+        )
+        self.attentions = nnx.List(
+            GridAttention(width, config.groups, rngs=rngs) for _ in range(count if attends else 0)
+        )
+        self.sample = sample
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+        """Without `sample`."""
+        for number, block in enumerate(self.blocks):
+            x = block(x)
+            if len(self.attentions):
+                x = self.attentions[number](x)
+        return x
+
+
+class Middle(nnx.Module):
+    """Two blocks on the smallest grid, with attention between them."""
+
+    def __init__(self, config: VQGANConfig, *, rngs: nnx.Rngs):
+        width = config.widths[-1]
+        self.first = ResidualBlock(width, width, config.groups, rngs=rngs)
+        self.attention = (
+            GridAttention(width, config.groups, rngs=rngs) if config.middle_attends else None
+        )
+        self.second = ResidualBlock(width, width, config.groups, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        x = self.first(x)
+        x = x if self.attention is None else self.attention(x)
+        return self.second(x)
+
+
+class Encoder(nnx.Module):
+    """images [B, H, W, C] -> [B, H / factor, W / factor, latent]"""
+
+    def __init__(self, config: VQGANConfig, *, rngs: nnx.Rngs):
+        widths = config.widths
+        self.first = Conv(config.channels, config.width, rngs=rngs)
+        self.levels = nnx.List(
+            Level(
+                inputs,
+                width,
+                config.depth,
+                config,
+                attends=level in config.attends,
+                # Zeros follow the last row and column only.
+                sample=None
+                if level == config.levels - 1
+                else Conv(width, width, stride=2, padding=(0, 1), rngs=rngs),
+                rngs=rngs,
+            )
+            for level, (inputs, width) in enumerate(
+                zip((config.width, *widths), widths, strict=False)
+            )
+        )
+        self.middle = Middle(config, rngs=rngs)
+        self.norm = GroupNorm(widths[-1], groups=config.groups, eps=EPS)
+        self.last = Conv(widths[-1], config.latent, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
+        x = self.first(x)
+        for level in self.levels:
+            x = level(x)
+            x = x if level.sample is None else level.sample(x)
+        return self.last(jax.nn.silu(self.norm(self.middle(x))))
+
+
+class Decoder(nnx.Module):
+    """[B, h, w, latent] -> images [B, h * factor, w * factor, C]. Its levels begin with the smallest
+    grid."""
+
+    def __init__(self, config: VQGANConfig, *, rngs: nnx.Rngs):
+        widths = config.widths[::-1]
+        self.first = Conv(config.latent, widths[0], rngs=rngs)
+        self.middle = Middle(config, rngs=rngs)
+        self.levels = nnx.List(
+            Level(
+                inputs,
+                width,
+                config.depth + 1,
+                config,
+                attends=config.levels - 1 - number in config.attends,
+                sample=None if number == config.levels - 1 else Conv(width, width, rngs=rngs),
+                rngs=rngs,
+            )
+            for number, (inputs, width) in enumerate(
+                zip((widths[0], *widths), widths, strict=False)
+            )
+        )
+        self.norm = GroupNorm(widths[-1], groups=config.groups, eps=EPS)
+        self.last = Conv(widths[-1], config.channels, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b i j d"]) -> Float[Array, "b h w c"]:
+        x = self.middle(self.first(x))
+        for level in self.levels:
+            x = level(x)
+            if level.sample is not None:
+                x = level.sample(x.repeat(2, axis=1).repeat(2, axis=2))  # the nearest neighbour
+        return self.last(jax.nn.silu(self.norm(x)))
+
+
+class VQGAN(nnx.Module):
+    """images [B, H, W, C] -> `VQGANOutput`; H and W are multiples of `config.factor`."""
+
+    def __init__(self, config: VQGANConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.encoder = Encoder(config, rngs=rngs)
+        self.before = Linear(config.latent, config.codebook.width, rngs=rngs)
+        self.codebook = Codebook(config.codebook, rngs=rngs)
+        self.after = Linear(config.codebook.width, config.latent, rngs=rngs)
+        self.decoder = Decoder(config, rngs=rngs) if config.decodes else None
+
+    def __call__(self, images: Float[Array, "b h w c"]) -> VQGANOutput:
+        vectors, codes, loss = self.codebook(self._vectors(images))
+        return VQGANOutput(self._images(vectors), codes, loss)
+
+    def encode(self, images: Float[Array, "b h w c"]) -> Int[Array, "b i j"]:
+        """The codes of images.
+
+        Raises:
+          ValueError: their sides are no multiples of `config.factor`.
+        """
+        return self.codebook.codes(self._vectors(images))
+
+    def decode(self, codes: Int[Array, "b i j"]) -> Float[Array, "b h w c"]:
+        """The images of codes.
+
+        Raises:
+          ValueError: there is no decoder.
+        """
+        return self._images(self.codebook.vectors(codes))
+
+    def _vectors(self, images: Array) -> Array:
+        factor = self.config.factor
+        if images.shape[1] % factor or images.shape[2] % factor:
+            raise ValueError(
+                f"Images of {images.shape[1]} x {images.shape[2]} pixels do not make whole codes: "
+                f"their sides must be multiples of {factor}."
+            )
+        return self.before(self.encoder(images.astype(self.config.dtype)))
+
+    def _images(self, vectors: Array) -> Array:
+        if self.decoder is None:
+            raise ValueError("decodes=False: this tokenizer makes codes, and no images of them.")
+        return self.decoder(self.after(vectors.astype(self.config.dtype)))
