@@ -120,9 +120,9 @@ class FlamingoConfig(VLMConfig):
         widths = {self.visual_width, *(count * self.gated.head_dim for count in heads)}
         if self.gated.copies and widths != {self.lm.width}:
             raise ValueError(
-                f"copies={self.gated.copies}: the language model is {self.lm.width} wide, so visual "
-                f"tokens (visual_width={self.visual_width}) and heads (heads * head_dim, kv_heads * "
-                f"head_dim) must be too, not {', '.join(map(str, sorted(widths)))}."
+                f"copies={self.gated.copies}: the language model is {self.lm.width} wide, so that "
+                f"visual tokens (visual_width={self.visual_width}), heads * head_dim and kv_heads "
+                f"* head_dim must be too, not {', '.join(map(str, sorted(widths)))}."
             )
         if not 0 <= self.image_token < self.vocab_size:
             raise ValueError(

@@ -231,8 +231,8 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """[B, h, w, latent] -> images [B, h * factor, w * factor, C]. Its levels begin with the smallest
-    grid."""
+    """[B, h, w, latent] -> images [B, h * factor, w * factor, C]. Its levels begin with the
+    smallest grid."""
 
     def __init__(self, config: VQGANConfig, *, rngs: nnx.Rngs):
         widths = config.widths[::-1]
