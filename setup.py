@@ -77,6 +77,8 @@ setup(
             "sacrebleu>=2.6",
             "nltk>=3.10",
             "rouge-score>=0.1.2",
+            # The judge of quantisers.
+            "vector-quantize-pytorch",
             # The judge of adapters; it brings no CUDA.
             "peft==0.21.2",
             "accelerate==1.15.0",

@@ -1,7 +1,7 @@
 """VQGAN: images as grids of codes, and back.
 
 Esser et al., "Taming Transformers for High-Resolution Image Synthesis" (2021): a convolutional
-encoder that halves the grid level by level, a codebook, and a decoder that doubles it. The image
+encoder that halves the grid level by level, a quantiser, and a decoder that doubles it. The image
 tokenizers of Make-A-Scene, Chameleon, LlamaGen and Janus are of this kind.
 """
 
@@ -15,10 +15,10 @@ from flax import nnx
 
 from mmjax.models.checks import check_dtype
 from mmjax.nn.attention import attend
-from mmjax.nn.codebook import Codebook, CodebookConfig
 from mmjax.nn.conv import Conv
 from mmjax.nn.linear import Linear
 from mmjax.nn.norm import GroupNorm
+from mmjax.quantizers import QuantizerConfig, make_quantizer
 from mmjax.typing import Array, Float, Int
 
 EPS = 1e-6
@@ -31,11 +31,11 @@ class VQGANConfig:
     Attributes:
       image_size: side of the images in pixels. Others have codes too, if their sides are multiples
         of `factor`.
-      codebook: of the codes.
+      quantizer: what makes codes of vectors.
       width: channels at full resolution.
       multipliers: of them, level by level; each level but the last halves the grid.
       depth: residual blocks of a level; the decoder has one more.
-      latent: channels between encoder and codebook, and between codebook and decoder.
+      latent: channels between encoder and quantiser, and between quantiser and decoder.
       attends: levels whose blocks are followed by attention over the grid.
       middle_attends: whether there is attention at the middle, between encoder and decoder.
       channels: of images.
@@ -45,7 +45,7 @@ class VQGANConfig:
     """
 
     image_size: int
-    codebook: CodebookConfig
+    quantizer: QuantizerConfig
     width: int = 128
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
     depth: int = 2
@@ -99,8 +99,8 @@ class VQGANOutput(NamedTuple):
     """
     Attributes:
       images: [B, H, W, C], what the decoder makes of the codes.
-      codes: [B, H / factor, W / factor] int32.
-      loss: that of the codebook; see `Quantized`.
+      codes: [B, H / factor, W / factor, *quantizer.shape] int32.
+      loss: that of the quantizer; see `Quantized`.
     """
 
     images: Array
@@ -270,30 +270,30 @@ class VQGAN(nnx.Module):
     def __init__(self, config: VQGANConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.encoder = Encoder(config, rngs=rngs)
-        self.before = Linear(config.latent, config.codebook.width, rngs=rngs)
-        self.codebook = Codebook(config.codebook, rngs=rngs)
-        self.after = Linear(config.codebook.width, config.latent, rngs=rngs)
+        self.before = Linear(config.latent, config.quantizer.width, rngs=rngs)
+        self.quantizer = make_quantizer(config.quantizer, rngs=rngs)
+        self.after = Linear(config.quantizer.width, config.latent, rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs) if config.decodes else None
 
     def __call__(self, images: Float[Array, "b h w c"]) -> VQGANOutput:
-        vectors, codes, loss = self.codebook(self._vectors(images))
+        vectors, codes, loss = self.quantizer(self._vectors(images))
         return VQGANOutput(self._images(vectors), codes, loss)
 
-    def encode(self, images: Float[Array, "b h w c"]) -> Int[Array, "b i j"]:
+    def encode(self, images: Float[Array, "b h w c"]) -> Int[Array, "b i j *c"]:
         """The codes of images.
 
         Raises:
           ValueError: their sides are no multiples of `config.factor`.
         """
-        return self.codebook.codes(self._vectors(images))
+        return self.quantizer.codes(self._vectors(images))
 
-    def decode(self, codes: Int[Array, "b i j"]) -> Float[Array, "b h w c"]:
+    def decode(self, codes: Int[Array, "b i j *c"]) -> Float[Array, "b h w c"]:
         """The images of codes.
 
         Raises:
           ValueError: there is no decoder.
         """
-        return self._images(self.codebook.vectors(codes))
+        return self._images(self.quantizer.vectors(codes))
 
     def _vectors(self, images: Array) -> Array:
         factor = self.config.factor

@@ -148,4 +148,4 @@ def test_what_a_config_cannot_be():
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(config, **changes)
     with pytest.raises(ValueError, match="compare='angle'"):
-        dataclasses.replace(config.codebook, compare="angle")
+        dataclasses.replace(config.quantizer, compare="angle")

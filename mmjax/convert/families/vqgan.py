@@ -9,7 +9,7 @@ from mmjax.convert.family import FAMILIES, Family, Source
 from mmjax.convert.kinds import CONV, EMBEDDING, NORM, POINTWISE
 from mmjax.convert.table import Row
 from mmjax.models import VQGAN, VQGANConfig
-from mmjax.nn.codebook import CodebookConfig
+from mmjax.quantizers import CodebookConfig
 
 
 def _fields(hf: Any, unit: bool) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def _fields(hf: Any, unit: bool) -> dict[str, Any]:
     if hf.double_latent:
         raise ValueError("double_latent=True: only encoders that end in vectors are supported.")
     return {
-        "codebook": CodebookConfig(
+        "quantizer": CodebookConfig(
             size=hf.num_embeddings,
             width=hf.embed_dim,
             unit=unit,
@@ -36,11 +36,17 @@ def _fields(hf: Any, unit: bool) -> dict[str, Any]:
 
 
 def _options(config: VQGANConfig) -> dict[str, Any]:
-    """The inverse of `_fields`."""
+    """The inverse of `_fields`.
+
+    Raises:
+      ValueError: if codes are made in another way.
+    """
+    if not isinstance(config.quantizer, CodebookConfig):
+        raise ValueError(f"quantizer={config.quantizer.name!r}: the format has a codebook.")
     return {
-        "num_embeddings": config.codebook.size,
-        "embed_dim": config.codebook.width,
-        "beta": config.codebook.commitment,
+        "num_embeddings": config.quantizer.size,
+        "embed_dim": config.quantizer.width,
+        "beta": config.quantizer.commitment,
         "base_channels": config.width,
         "channel_multiplier": list(config.multipliers),
         "num_res_blocks": config.depth,
@@ -142,7 +148,7 @@ def _side(name: str, levels: str, sample: str, count: int, depth: int) -> tuple[
 def _rows(config: VQGANConfig) -> Sequence[Row]:
     return (
         Row("quant_conv", "before", POINTWISE),
-        Row("quantize.embedding", "codebook", EMBEDDING),
+        Row("quantize.embedding", "quantizer", EMBEDDING),
         Row("post_quant_conv", "after", POINTWISE),
         *_side("encoder", "down", "downsample", config.levels, config.depth),
         *_side("decoder", "up", "upsample", config.levels, config.depth + 1),
