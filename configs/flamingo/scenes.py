@@ -31,7 +31,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         row), lr; eval (questions of each set).
     """
     arg = parse_arg(
-        arg, start="runs/align", lm="", steps=600, batch=1, length=384, lr=1e-3, eval=200
+        arg, start="runs/align", lm="", steps=900, batch=1, length=256, lr=1e-3, eval=200
     )
     lm = arg.lm or SMOLLM2
     base = scenes.get_config(f"lm={lm}").model.to_dict()
