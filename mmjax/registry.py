@@ -21,6 +21,13 @@ def nearest(name: str, options: Iterable[str]) -> str:
     return f"{hint}Valid: {', '.join(options) or '(none)'}."
 
 
+def check_choice(field: str, value: str, options: Iterable[str]) -> None:
+    """Raises UnknownNameError (a ValueError) if `value` is none of the options."""
+    options = tuple(options)
+    if value not in options:
+        raise UnknownNameError(f"{field}={value!r} does not exist; {nearest(value, options)}")
+
+
 class Registry(Generic[T]):
     """A mapping from a name to an object, filled by a decorator.
 

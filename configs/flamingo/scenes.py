@@ -54,6 +54,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         conversation = dict(
             template="interleaved",
             max_len=arg.length,
+            # A question and its answer are some sixteen tokens.
             images=len(CELLS) * (arg.length // 16),
             layout=dict(name="board", preset="siglip", size=48, tokens=1, rows=3, columns=3),
             image_token=scenes.IMAGE_TOKEN,

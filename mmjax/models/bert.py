@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 from flax import nnx
 
-from mmjax.models.checks import check_choice, check_dtype
+from mmjax.models.checks import check_dtype
 from mmjax.models.contrastive import unit
 from mmjax.models.projection import Projection, ProjectionConfig
 from mmjax.models.text import TextOutput
@@ -21,6 +21,7 @@ from mmjax.nn.norm import NORMS
 from mmjax.nn.partition import constrain
 from mmjax.nn.pooling import masked_mean
 from mmjax.nn.stack import BlockConfig, Stack
+from mmjax.registry import check_choice
 from mmjax.typing import Array, Bool, Float, Int, Key
 
 POSITIONS = ("absolute", "offset")

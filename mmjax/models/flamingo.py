@@ -24,7 +24,6 @@ import numpy as np
 from flax import nnx
 
 from mmjax.connectors import make_connector
-from mmjax.models.checks import check_choice
 from mmjax.models.lm import LM, Cache
 from mmjax.models.vit import ViT
 from mmjax.models.vlm import VLM, VLMConfig, VLMOutput, positions_of
@@ -37,6 +36,7 @@ from mmjax.nn.norm import NORMS
 from mmjax.nn.partition import constrain
 from mmjax.nn.rope import Rotation
 from mmjax.nn.stack import Layers, Stack, layer_options
+from mmjax.registry import check_choice
 from mmjax.typing import Array, Bool, Float, Int, Key
 
 GATES = ("scalar", "vector")

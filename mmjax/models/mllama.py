@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mmjax.connectors import make_connector
-from mmjax.models.checks import check_choice
 from mmjax.models.flamingo import Context, Flamingo, GatedBlock, GatedConfig, logits_of
 from mmjax.models.lm import LM
 from mmjax.models.tiled_vit import TiledViT, TiledViTConfig, tiles_there
@@ -24,6 +23,7 @@ from mmjax.models.vlm import TEXT, VLMConfig
 from mmjax.nn.linear import Embedding
 from mmjax.nn.masks import Labels, Mask
 from mmjax.nn.stack import Stack
+from mmjax.registry import check_choice
 from mmjax.typing import Array, Float, Int
 
 EARLY = ("none", "all")

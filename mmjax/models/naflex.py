@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from flax import nnx
 
-from mmjax.models.checks import check_choice, check_dtype
+from mmjax.models.checks import check_dtype
 from mmjax.models.vit import ViTOutput
 from mmjax.nn import masks
 from mmjax.nn.linear import ZEROS, Linear
@@ -23,6 +23,7 @@ from mmjax.nn.pooling import AttentionPool, masked_mean
 from mmjax.nn.resample import bilinear_antialias
 from mmjax.nn.stack import BlockConfig, Stack
 from mmjax.patches import Patches
+from mmjax.registry import check_choice
 from mmjax.typing import Array, Bool, Float, Int, Key
 
 POOLINGS = ("map", "none")

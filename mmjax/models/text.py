@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 
-from mmjax.models.checks import check_choice, check_dtype
+from mmjax.models.checks import check_dtype
 from mmjax.models.projection import Projection, ProjectionConfig
 from mmjax.nn import masks
 from mmjax.nn.linear import Embedding
@@ -17,6 +17,7 @@ from mmjax.nn.norm import NORMS
 from mmjax.nn.partition import constrain
 from mmjax.nn.pooling import AttentionPool, masked_mean
 from mmjax.nn.stack import BlockConfig, Stack
+from mmjax.registry import check_choice
 from mmjax.typing import Array, Bool, Float, Int, Key
 
 ATTENTIONS = ("causal", "bidirectional")

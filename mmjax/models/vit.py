@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mmjax.models.checks import check_choice, check_dtype
+from mmjax.models.checks import check_dtype
 from mmjax.models.projection import Projection, ProjectionConfig
 from mmjax.nn.dropout import check_rate, drop_patches
 from mmjax.nn.linear import ZEROS, Linear
@@ -21,6 +21,7 @@ from mmjax.nn.pooling import AttentionPool
 from mmjax.nn.position import POSITIONS
 from mmjax.nn.resample import RESAMPLERS
 from mmjax.nn.stack import BlockConfig, Stack
+from mmjax.registry import check_choice
 from mmjax.typing import Array, Bool, Float, Key
 
 POOLINGS = ("cls", "mean", "map", "none")

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mmjax.connectors import ConnectorConfig, Grid, make_connector
-from mmjax.models.checks import check_choice
 from mmjax.models.lm import LM, Cache, LMConfig
 from mmjax.models.t5 import T5, T5Cache, T5Config
 from mmjax.models.vit import ViT, ViTConfig
 from mmjax.nn import masks
 from mmjax.nn.partition import constrain
+from mmjax.registry import check_choice
 from mmjax.typing import Array, Bool, Float, Int
 
 ATTENTIONS = ("causal", "prefix", "image_blocks")

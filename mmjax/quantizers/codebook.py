@@ -15,10 +15,10 @@ from mmjax.quantizers.base import (
     QuantizerConfig,
     straight_through,
 )
-from mmjax.registry import UnknownNameError, nearest
+from mmjax.registry import check_choice
 from mmjax.typing import Array, Float, Int
 
-CHOICES = {"compare": ("distance", "cosine"), "through": ("straight", "rotation")}
+COMPARE, THROUGH = ("distance", "cosine"), ("straight", "rotation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +49,8 @@ class CodebookConfig(QuantizerConfig):
     name: str = dataclasses.field(default="codebook", init=False)
 
     def __post_init__(self):
-        for field, options in CHOICES.items():
-            if getattr(self, field) not in options:
-                raise UnknownNameError(
-                    f"{field}={getattr(self, field)!r}; {nearest(getattr(self, field), options)}"
-                )
+        check_choice("compare", self.compare, COMPARE)
+        check_choice("through", self.through, THROUGH)
         if self.size < 1 or self.width < 1:
             raise ValueError(f"size={self.size}, width={self.width}: both must be 1 or more.")
 

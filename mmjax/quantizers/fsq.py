@@ -62,9 +62,10 @@ class FSQ(Quantizer):
         # With an even number of levels they lie on both sides of zero, one more below it.
         offset = np.where(levels % 2 == 0, 0.5, 0.0)
         bounded = jnp.tanh(x.astype(jnp.float32) + np.arctanh(offset / half)) * half - offset
-        rounded = straight_through(bounded, jnp.round(bounded))
-        codes = jnp.sum((jnp.round(bounded) + levels // 2) * self._steps(), axis=-1)
-        vectors = rounded / (levels // 2)
+        rounded = jnp.round(bounded)
+        # In whole numbers: those of float32 end at 2^24.
+        codes = jnp.sum((rounded.astype(jnp.int32) + levels // 2) * self._steps(), axis=-1)
+        vectors = straight_through(bounded, rounded) / (levels // 2)
         return Quantized(vectors.astype(x.dtype), codes.astype(jnp.int32), jnp.float32(0.0))
 
     def vectors(self, codes: Int[Array, "*b"]) -> Float[Array, "*b e"]:
