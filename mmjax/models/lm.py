@@ -29,6 +29,21 @@ from mmjax.typing import Array, Bool, Float, Int, Key
 
 
 @dataclasses.dataclass(frozen=True)
+class QKNorm:
+    """How queries and keys are normalised.
+
+    Attributes:
+      norm: a name in `NORMS`.
+      eps: of it.
+      each: whether each head has a scale and a bias of its own (Chameleon).
+    """
+
+    norm: str
+    eps: float
+    each: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class LMConfig:
     """Everything that decides what a language model computes. Defaults are those of Llama.
 
@@ -49,6 +64,7 @@ class LMConfig:
       gated: whether the MLP has a gate.
       qkv_bias, out_bias, mlp_bias: whether these linear maps have biases.
       qk_norm: whether queries and keys are normalised over each head's width.
+      qk_norm_as: how, if not as the rest is.
       kv_heads: number of key and value heads; as many as query heads if None.
       head_dim: width of a head; width / heads if None.
       scale: of the attention logits; 1 / sqrt(head_dim) if None.
@@ -62,6 +78,9 @@ class LMConfig:
         the computation (Gemma).
       embed_width: width of the token table; another one than `width` is mapped to it and back.
       position_offset: row of the position table at which the first token finds its vector.
+      dropout: share of the numbers of each branch's output that become zero in training (Chameleon,
+        Emu3).
+      experts: MLPs of each block, of which a token takes one; see `mmjax.nn.mlp.Experts`.
       drop_path, remat, unroll, dtype: as in `ViTConfig`.
     """
 
@@ -96,6 +115,9 @@ class LMConfig:
     scale_embeddings: bool = False
     embed_width: int | None = None
     position_offset: int = 0
+    qk_norm_as: QKNorm | None = None
+    dropout: float = 0.0
+    experts: int = 1
     drop_path: float = 0.0
     remat: str = "none"
     unroll: int = 1
@@ -113,6 +135,7 @@ class LMConfig:
             "scale": self.head_width**-0.5,
             "window_layers": tuple(range(self.depth)),
             "window_rope": self.rope,
+            "qk_norm_as": QKNorm(self.norm, self.norm_eps),
         }
         for name, value in usual.items():
             if getattr(self, name) == value:
@@ -140,6 +163,8 @@ class LMConfig:
             raise ValueError("window_rope without rope: give both, or learned positions only.")
         if self.rope is not None and self.alibi is not None:
             raise ValueError("rope and alibi both say where tokens are: give one of them.")
+        if self.qk_norm_as is not None and not self.qk_norm:
+            raise ValueError(f"qk_norm_as={self.qk_norm_as} without qk_norm=True has no meaning.")
         if not self.learned_positions and self.position_offset:
             raise ValueError(
                 f"position_offset={self.position_offset} is a row of a position table, which there "
@@ -163,6 +188,8 @@ class LMConfig:
 
     @property
     def block(self) -> BlockConfig:
+        usual = QKNorm(self.norm, self.norm_eps)
+        how = usual if self.qk_norm_as is None else self.qk_norm_as
         return BlockConfig(
             width=self.width,
             heads=self.heads,
@@ -176,7 +203,11 @@ class LMConfig:
             qkv_bias=self.qkv_bias,
             out_bias=self.out_bias,
             mlp_bias=self.mlp_bias,
-            qk_norm=self.norm if self.qk_norm else None,
+            qk_norm=how.norm if self.qk_norm else None,
+            qk_norm_eps=how.eps,
+            qk_norm_each=how.each,
+            dropout=self.dropout,
+            experts=self.experts,
             norm_placement=self.norm_placement,
             scale=self.scale,
             softcap=self.softcap,
@@ -277,6 +308,7 @@ class LM(nnx.Module):
         attention: masks.Mask | None = None,
         positions: Int[Array, "#b t"] | None = None,
         features: Sequence[int] = (),
+        expert: Int[Array, "b t"] | None = None,
         rng: Key | None = None,
     ) -> LMOutput:
         """See `LMOutput`. Without `attention` each token sees itself and what is before it.
@@ -289,7 +321,8 @@ class LM(nnx.Module):
             with a window (any) if layers of the model have one; their own replaces it.
           positions: of the tokens; if None, the number of valid tokens before each.
           features: blocks whose outputs are wanted; -1 is the last, -2 the penultimate.
-          rng: turns stochastic depth on.
+          expert: of each token the MLP that it takes, where blocks have several.
+          rng: turns stochastic depth and dropout on.
 
         Raises:
           ValueError: if there are neither or both of tokens and embeddings, the text is longer than
@@ -306,11 +339,12 @@ class LM(nnx.Module):
             bias=self._bias(positions),
             layers=layers,
             rng=rng,
+            **self._routes(expert),
         )
         hidden = self._finish(x)
         return LMOutput(self.logits(hidden), hidden, outputs)
 
-    def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t e"]:
+    def embed(self, tokens: Int[Array, "*b"]) -> Float[Array, "*b e"]:
         """Vectors of the tokens, without positions, in the dtype of the computation."""
         x = self.token(tokens).astype(self.config.dtype)
         if self.config.scale_embeddings:
@@ -335,16 +369,32 @@ class LM(nnx.Module):
         embeddings: Float[Array, "b t e"] | None = None,
         attention: masks.Mask | None = None,
     ) -> tuple[Float[Array, "b v"], Cache]:
+        """The logits of each prompt's next token, and what `step` needs; see `prefill_hidden`."""
+        hidden, cache = self.prefill_hidden(
+            tokens, mask, length=length, embeddings=embeddings, attention=attention
+        )
+        return self.logits(hidden), cache
+
+    def prefill_hidden(
+        self,
+        tokens: Int[Array, "b t"] | None,
+        mask: Bool[Array, "b t"],
+        *,
+        length: int,
+        embeddings: Float[Array, "b t e"] | None = None,
+        attention: masks.Mask | None = None,
+        expert: Int[Array, "b t"] | None = None,
+    ) -> tuple[Float[Array, "b e"], Cache]:
         """Read the prompts.
 
         Args:
           tokens: padded on the left.
           mask: False at padding.
           length: slots of the cache: at least T and the tokens that are to come.
-          embeddings, attention: as in `run`.
+          embeddings, attention, expert: as in `run`.
 
         Returns:
-          The logits of each prompt's next token, and what `step` needs.
+          What the logits of each prompt's next token are computed from, and what `step` needs.
 
         Raises:
           ValueError: as `run`; if the cache has no room for the prompts.
@@ -361,6 +411,7 @@ class LM(nnx.Module):
             rotation=rotation,
             bias=self._bias(positions),
             layers=layers,
+            **self._routes(expert),
         )
         cache = Cache(
             layers=caches,
@@ -368,16 +419,29 @@ class LM(nnx.Module):
             count=jnp.sum(mask, axis=1, dtype=jnp.int32),
             slot=jnp.asarray(mask.shape[1], jnp.int32),
         )
-        return self.logits(self._finish(x[:, -1])), cache
+        return self._finish(x[:, -1]), cache
 
     def step(self, tokens: Int[Array, " b"], cache: Cache) -> tuple[Float[Array, "b v"], Cache]:
-        """Read one more token of each text.
+        """Read one more token of each text: the logits of the token after it; see `step_hidden`."""
+        hidden, cache = self.step_hidden(tokens, cache)
+        return self.logits(hidden), cache
+
+    def step_hidden(
+        self,
+        tokens: Int[Array, " b"] | None,
+        cache: Cache,
+        *,
+        embeddings: Float[Array, "b e"] | None = None,
+        expert: Int[Array, " b"] | None = None,
+    ) -> tuple[Float[Array, "b e"], Cache]:
+        """Read one more token of each text; embeddings and expert as in `run`.
 
         Returns:
-          The logits of the token after it, and the cache with it. NaN if the cache is full: under
-          `jit` that is the only way to be noticed.
+          What the logits of the token after it are computed from, and the cache with it. NaN if the
+          cache is full: under `jit` that is the only way to be noticed.
         """
-        x, positions = self._start(tokens[:, None], None, None, cache.count[:, None])
+        tokens, embeddings = (None if one is None else one[:, None] for one in (tokens, embeddings))
+        x, positions = self._start(tokens, embeddings, None, cache.count[:, None])
         rotation, layers = self._layers(positions)
         slots = cache.valid.shape[1]
         valid = cache.valid.at[:, cache.slot].set(True)
@@ -395,10 +459,10 @@ class LM(nnx.Module):
             rotation=rotation,
             bias=self._bias(_positions(slots, valid)),
             layers=layers,
+            **self._routes(None if expert is None else expert[:, None]),
         )
-        logits = self.logits(self._finish(x[:, 0]))
-        logits = jnp.where(cache.slot < slots, logits, jnp.nan)
-        return logits, Cache(caches, valid, cache.count + 1, cache.slot + 1)
+        hidden = jnp.where(cache.slot < slots, self._finish(x[:, 0]), jnp.nan)
+        return hidden, Cache(caches, valid, cache.count + 1, cache.slot + 1)
 
     def unstack(self) -> LM:
         """A model for `step` alone whose layers have parameters of their own; see `Stack`."""
@@ -439,6 +503,15 @@ class LM(nnx.Module):
     def _finish(self, x: Float[Array, "*b d"]) -> Float[Array, "*b e"]:
         x = x if self.final_norm is None else self.final_norm(x)
         return x if self.embed_out is None else self.embed_out(x)
+
+    def _routes(self, expert: Array | None) -> dict[str, Array]:
+        """What blocks with several MLPs are told."""
+        if (expert is None) != (self.config.experts == 1):
+            raise ValueError(
+                f"Blocks have {self.config.experts} MLPs: `expert` says which of them each token "
+                "takes, where there are several."
+            )
+        return {} if expert is None else {"expert": expert}
 
     def _bias(self, positions: Int[Array, "#b k"]) -> Float[Array, "#b h 1 k"] | None:
         """Of attention to keys at these places."""

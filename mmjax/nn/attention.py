@@ -235,6 +235,7 @@ class Attention(nnx.Module):
       qkv_bias, out_bias: whether these linear maps have biases.
       qk_norm: a name in `NORMS`: queries and keys are normalised over each head's width.
       norm_eps: of those norms.
+      qk_norm_each: whether each head has a scale and a bias of its own; of "layernorm".
       scale: of the logits; 1 / sqrt(head_dim) if None.
       softcap: see `attend`.
 
@@ -254,6 +255,7 @@ class Attention(nnx.Module):
         out_bias: bool = True,
         qk_norm: str | None = None,
         norm_eps: float = 1e-6,
+        qk_norm_each: bool = False,
         scale: float | None = None,
         softcap: float | None = None,
         rngs: nnx.Rngs,
@@ -280,8 +282,14 @@ class Attention(nnx.Module):
         self.key = linear(context_width, kv_heads * head_dim, qkv_bias)
         self.value = linear(context_width, kv_heads * head_dim, qkv_bias)
         self.out = linear(heads * head_dim, width, out_bias)
-        self.query_norm = None if qk_norm is None else NORMS[qk_norm](head_dim, eps=norm_eps)
-        self.key_norm = None if qk_norm is None else NORMS[qk_norm](head_dim, eps=norm_eps)
+
+        def norm(heads: int) -> nnx.Module | None:
+            if qk_norm is None:
+                return None
+            each = {"each": (heads,)} if qk_norm_each else {}
+            return NORMS[qk_norm](head_dim, eps=norm_eps, **each)
+
+        self.query_norm, self.key_norm = norm(heads), norm(kv_heads)
 
     def __call__(
         self,

@@ -1,4 +1,4 @@
-"""Regularisers that drop whole things: paths of a residual network, patches of an image."""
+"""Regularisers that drop things: numbers, paths of a residual network, patches of an image."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ def check_rate(name: str, rate: float) -> None:
     """Raises ValueError unless 0 <= rate < 1."""
     if not 0.0 <= rate < 1.0:
         raise ValueError(f"{name}={rate} must be at least 0 and below 1.")
+
+
+def dropout(x: Float[Array, "*b"], rate: float, rng: Key) -> Float[Array, "*b"]:
+    """Numbers become zero, each by itself (Srivastava et al., 2014); the others are scaled by
+    1 / (1 - rate)."""
+    keep = jax.random.bernoulli(rng, 1.0 - rate, x.shape)
+    return jnp.where(keep, x * jnp.asarray(1.0 / (1.0 - rate), x.dtype), jnp.zeros_like(x))
 
 
 def drop_path(

@@ -12,7 +12,7 @@ from flax import nnx
 from mmjax.nn.linear import XAVIER, Linear
 from mmjax.nn.partition import constrain
 from mmjax.registry import Registry
-from mmjax.typing import Array, Float
+from mmjax.typing import Array, Float, Int
 
 
 def _lean(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
@@ -94,3 +94,29 @@ class MLP(nnx.Module):
         else:
             hidden = self.activation(self.gate(x)) * hidden
         return self.down(constrain(hidden, "batch", "tokens", "mlp"))
+
+
+class Experts(nnx.Module):
+    """MLPs of which each token takes one, by what kind of token it is: of text, of an image.
+
+    Lin et al., "MoMa: Efficient Early-Fusion Pre-training with Mixture of Modality-Aware Experts"
+    (2024); Liang et al., "Mixture-of-Transformers" (2024). Nothing is routed by what is learnt, so
+    that nothing need be balanced. All tokens go through all MLPs, and of each one result is taken:
+    exact, and for few kinds as quick as to sort tokens.
+
+    Args:
+      make: makes an MLP.
+      count: how many.
+    """
+
+    def __init__(self, make: Callable[[], MLP], count: int):
+        self.each = nnx.List(make() for _ in range(count))
+
+    def __call__(
+        self, x: Float[Array, "b n d"], expert: Int[Array, "b n"]
+    ) -> Float[Array, "b n d"]:
+        """`expert`: the number of each token's MLP."""
+        chosen = self.each[0](x)
+        for number, mlp in enumerate(self.each[1:], 1):
+            chosen = jnp.where((expert == number)[:, :, None], mlp(x), chosen)
+        return chosen

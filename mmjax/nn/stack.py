@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,9 +17,9 @@ import numpy as np
 from flax import nnx
 
 from mmjax.nn.attention import KV, Attention
-from mmjax.nn.dropout import check_rate, drop_path
+from mmjax.nn.dropout import check_rate, drop_path, dropout
 from mmjax.nn.masks import Mask
-from mmjax.nn.mlp import MLP
+from mmjax.nn.mlp import MLP, Experts
 from mmjax.nn.norm import NORMS
 from mmjax.nn.partition import constrain
 from mmjax.nn.rope import Rotation
@@ -37,7 +38,7 @@ REMAT.register("dots")(jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
 REMAT.register("all_dots")(jax.checkpoint_policies.dots_saveable)
 
 
-PLACEMENTS = ("pre", "post", "sandwich", "parallel")
+PLACEMENTS = ("pre", "post", "res_post", "sandwich", "parallel")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +48,16 @@ class BlockConfig:
     Attributes:
       norm: a name in `NORMS`.
       norm_placement: of the norm of a branch f: "pre" is x + f(norm(x)), "post" norm(x + f(x)) (the
-        original transformer, BERT), "sandwich" x + post_norm(f(norm(x))) (Gemma 2 and 3).
-        "parallel": both branches read the block's input, each through its norm: x + f(norm_f(x)) +
-        g(norm_g(x)) (GPT-NeoX).
+        original transformer, BERT), "res_post" x + norm(f(x)) (Swin Transformer V2, Chameleon-34B),
+        "sandwich" x + post_norm(f(norm(x))) (Gemma 2 and 3). "parallel": both branches read the
+        block's input, each through its norm: x + f(norm_f(x)) + g(norm_g(x)) (GPT-NeoX).
       layer_scale: whether each branch is multiplied by a learned vector before it is added
         (Touvron et al., 2021; DINOv2).
       scale, softcap: of the attention logits.
+      qk_norm: a name in `NORMS`; qk_norm_eps: of it, `norm_eps` if None; qk_norm_each: see
+        `Attention`.
+      dropout: share of the numbers of each branch's output that become zero in training.
+      experts: MLPs, of which each token takes the one that is said; see `Experts`.
     """
 
     width: int
@@ -72,8 +77,15 @@ class BlockConfig:
     layer_scale: bool = False
     scale: float | None = None
     softcap: float | None = None
+    qk_norm_eps: float | None = None
+    qk_norm_each: bool = False
+    dropout: float = 0.0
+    experts: int = 1
 
     def __post_init__(self):
+        check_rate("dropout", self.dropout)
+        if self.experts < 1:
+            raise ValueError(f"experts={self.experts} must be at least 1.")
         if self.norm_placement not in PLACEMENTS:
             raise UnknownNameError(
                 f"norm_placement={self.norm_placement!r} does not exist; "
@@ -116,8 +128,8 @@ class Block(nnx.Module):
             return NORMS[config.norm](config.width, eps=config.norm_eps)
 
         sandwich = config.norm_placement == "sandwich"
-        self.post = config.norm_placement == "post"
-        self.parallel = config.norm_placement == "parallel"
+        self.placement = config.norm_placement
+        self.dropout = config.dropout
         self.attention_norm = norm()
         self.attention = Attention(
             config.width,
@@ -127,7 +139,8 @@ class Block(nnx.Module):
             qkv_bias=config.qkv_bias,
             out_bias=config.out_bias,
             qk_norm=config.qk_norm,
-            norm_eps=config.norm_eps,
+            norm_eps=config.norm_eps if config.qk_norm_eps is None else config.qk_norm_eps,
+            qk_norm_each=config.qk_norm_each,
             scale=config.scale,
             softcap=config.softcap,
             rngs=rngs,
@@ -135,7 +148,8 @@ class Block(nnx.Module):
         self.attention_post_norm = norm() if sandwich else None
         self.attention_scale = _layer_scale(config)
         self.mlp_norm = norm()
-        self.mlp = MLP(
+        mlp = functools.partial(
+            MLP,
             config.width,
             config.mlp_width,
             activation=config.activation,
@@ -143,6 +157,8 @@ class Block(nnx.Module):
             bias=config.mlp_bias,
             rngs=rngs,
         )
+        self.routed = config.experts > 1
+        self.mlp = Experts(mlp, config.experts) if self.routed else mlp()
         self.mlp_post_norm = norm() if sandwich else None
         self.mlp_scale = _layer_scale(config)
 
@@ -154,15 +170,21 @@ class Block(nnx.Module):
         rotation: Rotation | None = None,
         scale: float | Float[Array, ""] | None = None,
         bias: Float[Array, "#b h #n n"] | None = None,
+        expert: Int[Array, "b n"] | None = None,
         drop_rate: Float[Array, ""] | None = None,
         rng: Key | None = None,
     ) -> Float[Array, "b n d"]:
-        """`drop_rate`: of each of the two branches, for stochastic depth; needs `rng`."""
+        """
+        Args:
+          expert: the MLP of each token, where there are several.
+          drop_rate: of each of the two branches, for stochastic depth; needs `rng`.
+          rng: turns dropout on too.
+        """
 
         def attend(y: Array) -> tuple[Array, None]:
             return self.attention(y, mask=mask, rotation=rotation, scale=scale, bias=bias), None
 
-        return self._run(x, attend, drop_rate, rng)[0]
+        return self._run(x, attend, expert, drop_rate, rng)[0]
 
     def with_cache(
         self,
@@ -172,6 +194,7 @@ class Block(nnx.Module):
         rotation: Rotation | None = None,
         scale: float | Float[Array, ""] | None = None,
         bias: Float[Array, "#b h #n n"] | None = None,
+        expert: Int[Array, "b n"] | None = None,
     ) -> tuple[Float[Array, "b n d"], KV]:
         """The same, and the keys and values of its attention."""
         return self._run(
@@ -179,6 +202,7 @@ class Block(nnx.Module):
             lambda y: self.attention.with_cache(
                 y, mask=mask, rotation=rotation, scale=scale, bias=bias
             ),
+            expert,
         )
 
     def step(
@@ -191,6 +215,7 @@ class Block(nnx.Module):
         rotation: Rotation | None = None,
         scale: float | Float[Array, ""] | None = None,
         bias: Float[Array, "#b h n k"] | None = None,
+        expert: Int[Array, "b n"] | None = None,
     ) -> tuple[Float[Array, "b n d"], KV]:
         """The next tokens, which attend to a cache and join it; see `Attention.step`."""
         return self._run(
@@ -198,12 +223,14 @@ class Block(nnx.Module):
             lambda y: self.attention.step(
                 y, cache, slot, mask=mask, rotation=rotation, scale=scale, bias=bias
             ),
+            expert,
         )
 
     def _run(
         self,
         x: Array,
         attend: Callable[[Array], tuple[Array, KV | None]],
+        expert: Array | None,
         drop_rate: Array | None = None,
         rng: Key | None = None,
     ) -> tuple[Array, KV | None]:
@@ -211,29 +238,38 @@ class Block(nnx.Module):
         first = None
         if rng is not None:
             rng, first = jax.random.split(rng)
-        start = x
-        attended, cache = attend(x if self.post else self.attention_norm(x))
+        start, post, res_post = x, self.placement == "post", self.placement == "res_post"
+        late = post or res_post
+        attended, cache = attend(x if late else self.attention_norm(x))
         if self.attention_post_norm is not None:
             attended = self.attention_post_norm(attended)
-        x = x + _branch(attended, self.attention_scale, drop_rate, first)
-        x = self.attention_norm(x) if self.post else x
-        fed = self.mlp(x if self.post else self.mlp_norm(start if self.parallel else x))
+        attended = self.attention_norm(attended) if res_post else attended
+        x = x + self._branch(attended, self.attention_scale, drop_rate, first)
+        x = self.attention_norm(x) if post else x
+        y = x if late else self.mlp_norm(start if self.placement == "parallel" else x)
+        fed = self.mlp(y, expert) if self.routed else self.mlp(y)
         if self.mlp_post_norm is not None:
             fed = self.mlp_post_norm(fed)
-        x = x + _branch(fed, self.mlp_scale, drop_rate, rng)
-        x = self.mlp_norm(x) if self.post else x
+        fed = self.mlp_norm(fed) if res_post else fed
+        x = x + self._branch(fed, self.mlp_scale, drop_rate, rng)
+        x = self.mlp_norm(x) if post else x
         return constrain(x, "batch", "tokens", "embed"), cache
+
+    def _branch(
+        self, y: Array, scale: nnx.Param | None, drop_rate: Array | None, rng: Key | None
+    ) -> Array:
+        """What is added to the stream of a branch's output."""
+        if scale is not None:
+            y = y * scale[...].astype(y.dtype)
+        if rng is None:
+            return y
+        if self.dropout:
+            y = dropout(y, self.dropout, jax.random.fold_in(rng, 1))
+        return y if drop_rate is None else drop_path(y, drop_rate, rng)
 
 
 def _layer_scale(config: BlockConfig) -> nnx.Param | None:
     return nnx.Param(jnp.ones((config.width,), jnp.float32)) if config.layer_scale else None
-
-
-def _branch(y: Array, scale: nnx.Param | None, drop_rate: Array | None, rng: Key | None) -> Array:
-    """What is added to the stream of a branch's output."""
-    if scale is not None:
-        y = y * scale[...].astype(y.dtype)
-    return y if rng is None else drop_path(y, drop_rate, rng)
 
 
 class Stack(nnx.Module):
@@ -282,7 +318,7 @@ class Stack(nnx.Module):
         rotation: Rotation | None = None,
         rng: Key | None = None,
     ) -> Float[Array, "b n d"]:
-        """The output of the last block. `rng` turns stochastic depth on."""
+        """The output of the last block. `rng` turns stochastic depth and dropout on."""
         x, _ = self.run(x, (), mask=mask, rotation=rotation, rng=rng)
         return x
 
@@ -306,7 +342,7 @@ class Stack(nnx.Module):
           mask, rotation, bias: of all layers; see `Attention`.
           layers: windows, rotations and scales where layers differ in them. The mask is then one
             that was made with a window (any).
-          inputs: what else blocks of another class take, the same for all.
+          inputs: what else blocks take, the same for all.
 
         Raises:
           ValueError: if a block of `features` does not exist.
@@ -319,9 +355,10 @@ class Stack(nnx.Module):
             places = np.array(places, np.int32)
             outputs = jnp.zeros((len(kept) + 1, *x.shape), x.dtype)
         drop_rates, keys = None, None
+        if rng is not None:
+            keys = jax.random.split(rng, self.depth)
         if rng is not None and self.drop_path > 0:
             drop_rates = np.linspace(0, self.drop_path, self.depth, dtype=np.float32)
-            keys = jax.random.split(rng, self.depth)
         graph, params = nnx.split(self.layers)
         options, table = layer_options(mask, rotation, layers)
 
@@ -359,11 +396,13 @@ class Stack(nnx.Module):
         rotation: Rotation | None = None,
         bias: Float[Array, "#b h #n n"] | None = None,
         layers: Layers | None = None,
+        **inputs: Any,
     ) -> tuple[Float[Array, "b n d"], tuple[KV, ...]]:
         """The output of the last block, and a cache for `step`.
 
         Args:
           length: slots of the cache; the tokens of `x` take the first ones.
+          inputs: as in `run`.
 
         Returns:
           The output, and for each layer keys and values [B, kv_heads, length, head_dim].
@@ -371,9 +410,10 @@ class Stack(nnx.Module):
         graph, params = nnx.split(self.layers)
         options, table = layer_options(mask, rotation, layers)
 
-        def step(x, inputs):
-            layer, kind = inputs
-            return nnx.merge(graph, layer).with_cache(x, **options(table, kind), bias=bias)
+        def step(x, layer_and_kind):
+            layer, kind = layer_and_kind
+            given = {**options(table, kind), **inputs}
+            return nnx.merge(graph, layer).with_cache(x, **given, bias=bias)
 
         kinds = None if layers is None else np.array(layers.index, np.int32)
         x, caches = jax.lax.scan(step, x, (params, kinds))
@@ -394,6 +434,7 @@ class Stack(nnx.Module):
         bias: Float[Array, "#b h n k"] | None = None,
         layers: Layers | None = None,
         before: Callable[[Array, int], Array] = lambda x, layer: x,
+        **inputs: Any,
     ) -> tuple[Float[Array, "b n d"], tuple[KV, ...]]:
         """The next tokens of a text whose keys and values are in `caches`, which they join.
 
@@ -404,6 +445,7 @@ class Stack(nnx.Module):
           slot: where in the caches the tokens of `x` go.
           mask: from them to all slots.
           before: what is done to the stream before each layer.
+          inputs: as in `run`.
         """
         updated = []
         for layer in range(self.depth):
@@ -416,7 +458,9 @@ class Stack(nnx.Module):
                     "scale": kind.scale,
                 }
             x = before(x, layer)
-            x, cache = self.block(layer).step(x, caches[layer], slot, bias=bias, **options)
+            x, cache = self.block(layer).step(
+                x, caches[layer], slot, bias=bias, **options, **inputs
+            )
             updated.append(cache)
         return x, tuple(updated)
 
