@@ -53,7 +53,8 @@ BOS, EOS, START, FIRST = Role("bos"), Role("eos"), Role("begin"), Role("first")
 
 
 class Piece(NamedTuple):
-    """`where` a text stands: at the beginning of the stream, after a special token or an image, or
+    """`learnt`: part of an answer; of a picture it has a meaning where it is drawn (see `Layout`).
+    `where` a text stands: at the beginning of the stream, after a special token or an image, or
     inside a text."""
 
     part: Part
@@ -134,7 +135,7 @@ class Template:
                     before, opening, closing = (), "", ""
                 yield from _unlearnt(before)
                 for part in (opening, *self._chunks(said), closing, *end):
-                    yield part, not isinstance(part, Picture)
+                    yield part, True
                 yield from _unlearnt(self.between)
 
     def _chunks(self, said: tuple[str | Picture, ...]) -> Iterator[Part]:
@@ -254,6 +255,10 @@ TEMPLATES.register("caption")(
     Template(begin=(FIRST,), user=((), ()), assistant=((), (EOS,)), answer=(" ", ""), silent=True)
 )
 
+TEMPLATES.register("stream")(
+    # Unified models: what is said, in its order, and nothing else.
+    Template(begin=(FIRST,), user=((), ()), assistant=((), (EOS,)))
+)
 TEMPLATES.register("qa")(
     # The prompts of BLIP-2 and Flamingo, turn by turn: a third fewer tokens than ChatML has.
     Template(

@@ -87,7 +87,7 @@ class Conversation(NamedTuple):
                 "the user's first turn to the assistant's last"
             )
         for number, turn in enumerate(self.turns):
-            if not turn.text.strip() and (turn.role == "assistant" or len(turn.parts) == 0):
+            if not turn.text.strip() and all(isinstance(part, str) for part in turn.parts):
                 raise BadRecordError(f"turn {number} ({turn.role}) is empty")
         places = [part for turn in self.turns for part in turn.parts if isinstance(part, int)]
         if places != list(range(len(self.images))):
@@ -99,7 +99,7 @@ class Conversation(NamedTuple):
 
 class Asked(NamedTuple):
     """A question of a record, for evaluation; see `mmjax.data.questions.Question`. `image` None:
-    it is about a text."""
+    it is about a text. `drawn`: the image is the answer."""
 
     key: str
     group: str
@@ -108,10 +108,12 @@ class Asked(NamedTuple):
     choices: tuple[str, ...] | None
     image: Any
     question: Turn
+    drawn: bool = False
 
     def conversation(self, answer: str) -> Conversation:
         images = () if self.image is None else (self.image,)
-        return Conversation((self.question, Turn("assistant", (answer,))), images).check()
+        said = Turn("assistant", (0 if self.drawn else answer,))
+        return Conversation((self.question, said), images).check()
 
 
 class Form(Protocol):
@@ -233,6 +235,10 @@ def _marked(text: str, first: int) -> tuple[str | int, ...]:
 def _about_image(text: str) -> Turn:
     """The image, then the question, as LLaVA has them."""
     return Turn("user", (0, f"\n{text}"))
+
+
+def _group(record: Mapping[str, Any], field: str | None, name: str) -> str:
+    return "" if field is None else str(get_field(record, field, name))
 
 
 def _single(images: tuple[Any, ...]) -> Any:
@@ -382,11 +388,15 @@ class Caption:
 
     Args:
       prompts: what the user says, of which training draws one.
+      also_field: a text, or several or none, that are right in evaluation too.
+      group_field: what evaluation groups images by.
     """
 
     prompts: tuple[str, ...] = ("Describe the image.",)
     image_field: str = "image"
     text_field: str = "text"
+    also_field: str | None = None
+    group_field: str | None = None
 
     def __call__(self, record, name, rng):
         image = _single(_images(get_field(record, self.image_field, name)))
@@ -398,14 +408,61 @@ class Caption:
         return Conversation(turns, (image,)).check()
 
     def questions(self, record, name):
+        texts = _texts(get_field(record, self.text_field, name), self.text_field)
+        if self.also_field is not None:
+            also = get_field(record, self.also_field, name)
+            texts += _texts(also, self.also_field) if len(also) else []
         yield Asked(
             key="caption",
-            group="caption",
+            group=_group(record, self.group_field, name) or "caption",
             text=self.prompts[0],
-            answers=tuple(_texts(get_field(record, self.text_field, name), self.text_field)),
+            answers=tuple(texts),
             choices=None,
             image=_single(_images(get_field(record, self.image_field, name))),
             question=_about_image(self.prompts[0]),
+        )
+
+
+@FORMS.register("drawing")
+@dataclass(frozen=True)
+class Drawing:
+    """A text, then the image that it describes, for models that draw.
+
+    Args:
+      alone: the share of images without their text, so that classifier-free guidance has what to
+        compare with (Ho and Salimans, 2022).
+      text_field: a text, or several of which training draws one.
+      group_field: what evaluation groups images by.
+    """
+
+    alone: float = 0.0
+    image_field: str = "image"
+    text_field: str = "text"
+    group_field: str | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.alone <= 1:
+            raise ValueError(f"alone={self.alone} is a share: it must be in [0, 1].")
+
+    def __call__(self, record, name, rng):
+        image = _single(_images(get_field(record, self.image_field, name)))
+        texts = _texts(get_field(record, self.text_field, name), self.text_field)
+        drawn = Turn("assistant", (0,))
+        if rng is not None and rng.random() < self.alone:
+            return Conversation((drawn,), (image,)).check()
+        return Conversation((Turn("user", (_pick(texts, rng),)), drawn), (image,)).check()
+
+    def questions(self, record, name):
+        texts = _texts(get_field(record, self.text_field, name), self.text_field)
+        yield Asked(
+            key="drawing",
+            group=_group(record, self.group_field, name),
+            text=texts[0],
+            answers=tuple(texts),
+            choices=None,
+            image=_single(_images(get_field(record, self.image_field, name))),
+            question=Turn("user", (texts[0],)),
+            drawn=True,
         )
 
 
@@ -444,14 +501,12 @@ class VQA:
     def questions(self, record, name):
         images = _images(get_field(record, self.image_field, name))
         text = _text(get_field(record, self.question_field, name), self.question_field)
-        choices = group = None
+        choices = None
         if self.choices_field is not None:
             choices = tuple(get_field(record, self.choices_field, name)) or None
-        if self.group_field is not None:
-            group = str(get_field(record, self.group_field, name))
         yield Asked(
             key="",
-            group=group or "",
+            group=_group(record, self.group_field, name),
             text=text,
             answers=tuple(self._answers(record, name)),
             choices=choices,

@@ -222,7 +222,8 @@ def heldout_bases(concepts: list[Concept], count: int = HELDOUT_BASES) -> set[st
     return set(sorted({concept.base for concept in concepts}, key=_hash)[:count])
 
 
-def _png(image: Image.Image) -> io.BytesIO:
+def as_png(image: Image.Image) -> io.BytesIO:
+    """What TFDS takes for an image that is already encoded."""
     buffer = io.BytesIO()
     image.save(buffer, "png")
     buffer.seek(0)
@@ -279,7 +280,7 @@ class Openmoji(tfds.core.GeneratorBasedBuilder):
             yield (
                 label,
                 {
-                    "image": _png(image),
+                    "image": as_png(image),
                     "text": concept.name,
                     "aliases": list(concept.aliases),
                     "base": concept.base,

@@ -83,6 +83,11 @@ def position_rng(seed: int, position: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, position]))
 
 
+def view_rng(seed: int, position: int) -> np.random.Generator:
+    """Another one for the same position: of its images' augmentation."""
+    return np.random.Generator(np.random.Philox(key=[seed + (1 << 33), position]))
+
+
 def read_record(source: Source, index: int) -> tuple[dict[str, Any], str]:
     """A record and its name.
 

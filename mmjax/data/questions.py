@@ -40,6 +40,9 @@ class Question(NamedTuple):
     answer that training would supervise, its end included, and `choice_ids` those of each choice:
     `ids` and they, one after the other, are what training has. The first `begin` of the tokens are
     what every stream begins with; `visual` is how many visual tokens the images have.
+
+    `drawn`: the image is the answer. It is none of the prompt's then, `answers` are texts that it
+    may be drawn of, and `answer_ids` what follows it.
     """
 
     id: str
@@ -55,6 +58,7 @@ class Question(NamedTuple):
     choice_ids: tuple[np.ndarray, ...] | None = None
     begin: int = 0
     visual: int = 0
+    drawn: bool = False
 
 
 class Questions:
@@ -174,6 +178,7 @@ class Questions:
             choice_ids=choice_ids,
             begin=maker.begin,
             visual=visual_tokens(maker.spec.conversation.layout, sample.pictures),
+            drawn=asked.drawn,
         )
 
 
@@ -185,7 +190,7 @@ def open_questions(
 
     Args:
       data_config: with `conversation`; its sources have the forms "questions", "described",
-        "vqa" or "caption".
+        "vqa", "caption" or "drawing".
       tokenizer: from `build_tokenizer`.
       limit: not all questions but so many, of as many images as possible; the same ones always.
 
@@ -201,7 +206,7 @@ def open_questions(
         if not isinstance(form, Questioning):
             raise ValueError(
                 f"The form {type(form).__name__.lower()!r} has no questions to ask: those of "
-                "'questions', 'described', 'vqa' and 'caption' have."
+                "'questions', 'described', 'vqa', 'caption' and 'drawing' have."
             )
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} asks nothing: give 1 or more, or None for all questions.")

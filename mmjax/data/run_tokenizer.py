@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,8 @@ def build_tokenizer(data_config: Any, workdir: str | os.PathLike) -> Tokenizer |
     `data.tokenizer` is None (no text), `dict(name="hf", directory=...)`,
     `dict(name="gguf", path=...)`, or
     `dict(name="bpe" | "wordpiece" | "wordlevel", vocab_size=..., captions=200_000)`, trained on at
-    most about `captions` captions or conversations of `data.train`, evenly spread; or
+    most about `captions` captions or conversations of `data.train`, evenly spread (also
+    `special_tokens=("<image>", ...)`, with the ids from 4 on); or
     `dict(name="run", directory=...)`, a copy of the one that another run trained, for a stage that
     takes its table of tokens. Safe to call from several processes.
 
@@ -81,11 +82,13 @@ def build_tokenizer(data_config: Any, workdir: str | os.PathLike) -> Tokenizer |
     if name in READERS:
         return call_strictly(f"tokenizer {name!r}", READERS[name], arguments)
 
-    def train(vocab_size: int, captions: int = 200_000) -> TrainedTokenizer:
+    def train(
+        vocab_size: int, captions: int = 200_000, special_tokens: Sequence[str] = ()
+    ) -> TrainedTokenizer:
         spec = parse(data["train"])
         if spec.text is None and spec.conversation is None:
             raise ValueError("data.tokenizer is set, but data.train has no text to train it on.")
-        return train_tokenizer(name, _texts(spec, captions), vocab_size)
+        return train_tokenizer(name, _texts(spec, captions), vocab_size, special_tokens)
 
     make = _of_run
     if name != "run":

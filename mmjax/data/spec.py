@@ -220,7 +220,8 @@ class DataSpec:
     """One stream: its sources (mappings with name and weight) and what is made of each record.
 
     With `conversation` each source has a form, which makes a conversation of its records, and may
-    have a `loss_weight`: how much a token of it counts in the loss, 1 where nothing is said.
+    have a `loss_weight`: how much a token of it counts in the loss, 1 where nothing is said, and
+    `augment`: of its images in training, for layouts that make as many pictures of every image.
     """
 
     sources: tuple[dict[str, Any], ...]
@@ -230,6 +231,7 @@ class DataSpec:
     conversation: ConversationSpec | None = None
     forms: tuple[Form, ...] = ()
     loss_weights: tuple[float, ...] = ()
+    augment: tuple[tuple[Augmentation, ...], ...] = ()
 
     def __post_init__(self):
         if not all(0 < weight < math.inf for weight in self.loss_weights):
@@ -284,8 +286,12 @@ def _parse_conversation(config: Mapping[str, Any], sources: Sequence[Any]) -> di
         "conversation": call_strictly("data conversation", ConversationSpec, conversation),
         "forms": tuple(make_form(source["form"]) for source in sources),
         "loss_weights": tuple(float(source.get("loss_weight", 1.0)) for source in sources),
+        "augment": tuple(
+            tuple(make_augmentation(entry) for entry in source.get("augment") or ())
+            for source in sources
+        ),
         "sources": tuple(
-            {k: v for k, v in source.items() if k not in ("form", "loss_weight")}
+            {k: v for k, v in source.items() if k not in ("form", "loss_weight", "augment")}
             for source in sources
         ),
     }

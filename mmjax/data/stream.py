@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import grain
 import numpy as np
+from PIL import Image
 
 from mmjax.data.buffers import BufferPool
 from mmjax.data.chat import TEMPLATES, ChatTokenizer, Picture, Piece
@@ -32,6 +33,7 @@ from mmjax.data.pipeline import (
     TrainBatches,
     position_rng,
     read_record,
+    view_rng,
 )
 from mmjax.data.records import BadRecordError
 from mmjax.data.sources import Source
@@ -254,6 +256,7 @@ class ConversationMaker:
                 length += len(parts[-1][0])
                 continue
             plan = self._plan(conversation.images[piece.part])
+            learnt = piece.learnt and self._said.layout.drawn
             for some in plan.pieces:
                 if isinstance(some, str):
                     ids = self._chat.markers(some)
@@ -261,7 +264,7 @@ class ConversationMaker:
                     ids = np.full(len(some), self._said.image_token, np.int32)
                     before = visual_tokens(self._said.layout, pictures)
                     visual.append((length, _moved(some, before)))
-                parts.append((ids, False))
+                parts.append((ids, learnt))
                 length += len(ids)
             pictures += plan.pictures
         ids, flags = zip(*parts, strict=True)
@@ -290,8 +293,15 @@ class ConversationMaker:
             raise BadRecordError("it has an image, but data conversation has no layout")
         return self._said.layout.plan(*upright_size(image))
 
-    def pictures(self, sample: Sample, seed: int | None = None) -> list[np.ndarray]:
+    def pictures(
+        self, sample: Sample, seed: int | None = None, rng: np.random.Generator | None = None
+    ) -> list[np.ndarray]:
         """The pictures of a sample's images, each [pictures, H, W, 3] float32.
+
+        Args:
+          seed: of the run, where the sample has a position.
+          rng: of its augmentation, where it has none; None: as in evaluation, the images as they
+            are.
 
         Raises:
           BadRecordError, CorruptImageError: an image is missing or broken.
@@ -299,18 +309,29 @@ class ConversationMaker:
         if not sample.pictures:
             return []
         images = sample.images
+        k, index, position = sample.record
+        if position is not None:
+            rng = view_rng(seed, position)
         if images is None:
-            k, index, position = sample.record
             record, name = read_record(self.sources[k], index)
             images = self.spec.forms[k](record, name, position_rng(seed, position)).images
-        made = [self._said.layout.pictures(decode(read_image(image))) for image in images]
+        made = [self._said.layout.pictures(self._seen(image, k, rng)) for image in images]
         if sum(map(len, made)) != sample.pictures:
             raise BadRecordError("an image has another size than its header says")
         return made
 
+    def _seen(self, image: Any, k: int, rng: np.random.Generator | None) -> Image.Image:
+        """An image of the k-th source, decoded and, in training, augmented."""
+        seen = decode(read_image(image))
+        if rng is not None:
+            for augmentation in self.spec.augment[k]:
+                seen = augmentation(seen, rng, self._said.layout.size)
+        return seen
+
     def learnt(self, pieces: Iterable[Piece]) -> np.ndarray:
-        """The ids of what is learnt of a rendered conversation."""
-        return np.concatenate([self._chat.encode(piece) for piece in pieces if piece.learnt])
+        """The ids of what is learnt of a rendered conversation, pictures apart."""
+        words = (piece for piece in pieces if piece.learnt and not isinstance(piece.part, Picture))
+        return np.concatenate([self._chat.encode(piece) for piece in words])
 
     # --- rows
 
@@ -379,7 +400,7 @@ class ConversationMaker:
           BadRecordError, CorruptImageError: this record cannot be used.
         """
         sample = self.encode(self.draw(k, index, rng), (k, index, None))
-        self.write(made.arrays, row, [(sample, self.pictures(sample))])
+        self.write(made.arrays, row, [(sample, self.pictures(sample, rng=rng))])
         made.truncated += sample.cut
 
     def finish(self, made: Made) -> None:

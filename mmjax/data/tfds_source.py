@@ -17,6 +17,7 @@ from mmjax.registry import UnknownNameError, nearest
 # Builders this package brings: name -> module that defines (and so registers) it.
 _OWN_BUILDERS = {
     "openmoji": "mmjax.data.openmoji",
+    "tinted": "mmjax.data.tinted",
     "scenes": "mmjax.data.scenes",
     "scene_tiles": "mmjax.data.scenes",
 }

@@ -213,19 +213,22 @@ Tokenizer = TrainedTokenizer | HFTokenizer
 # Those that are read, not trained.
 READERS: dict[str, type[HFTokenizer]] = {"hf": HFTokenizer, "gguf": GGUFTokenizer}
 
-# name -> (normalised texts, vocabulary size) -> a tokenizer without normaliser and special tokens.
-TRAINERS: Registry[Callable[[list[str], int], tokenizers.Tokenizer]] = Registry("tokenizer")
+# name -> (normalised texts, vocabulary size, special tokens, which have the first ids) -> a
+# tokenizer without normaliser.
+TRAINERS: Registry[Callable[[list[str], int, list[str]], tokenizers.Tokenizer]] = Registry(
+    "tokenizer"
+)
 
 
 @TRAINERS.register("bpe")
-def _bpe(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
+def _bpe(texts: list[str], vocab_size: int, special: list[str]) -> tokenizers.Tokenizer:
     """Byte-level BPE as GPT-2's: no text is unknown."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
     backend.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=_SPECIAL,
+        special_tokens=special,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -234,7 +237,7 @@ def _bpe(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
 
 
 @TRAINERS.register("wordpiece")
-def _wordpiece(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
+def _wordpiece(texts: list[str], vocab_size: int, special: list[str]) -> tokenizers.Tokenizer:
     """WordPiece as BERT's: words split at spaces and punctuation."""
     # Left to itself the trainer numbers the letters inside words in the order of a randomly seeded
     # hash table, and breaks ties by those numbers: two runs get two vocabularies. Given as special
@@ -243,7 +246,7 @@ def _wordpiece(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
     scratch = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token=UNKNOWN))
     scratch.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     trainer = tokenizers.trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=[*_SPECIAL, *letters], show_progress=False
+        vocab_size=vocab_size, special_tokens=[*special, *letters], show_progress=False
     )
     scratch.train_from_iterator(texts, trainer)
     model = tokenizers.models.WordPiece(scratch.get_vocab(), unk_token=UNKNOWN)
@@ -254,20 +257,25 @@ def _wordpiece(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
 
 
 @TRAINERS.register("wordlevel")
-def _wordlevel(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
+def _wordlevel(texts: list[str], vocab_size: int, special: list[str]) -> tokenizers.Tokenizer:
     """One id per word; words outside the vocabulary are unknown."""
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token=UNKNOWN))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     trainer = tokenizers.trainers.WordLevelTrainer(
-        vocab_size=vocab_size, special_tokens=_SPECIAL, show_progress=False
+        vocab_size=vocab_size, special_tokens=special, show_progress=False
     )
     backend.train_from_iterator(texts, trainer)
     return backend
 
 
-def train_tokenizer(name: str, texts: Iterable[str], vocab_size: int) -> TrainedTokenizer:
-    """A tokenizer of at most `vocab_size` ids (the four special ones included); the same texts
-    always give the same one.
+def train_tokenizer(
+    name: str, texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = ()
+) -> TrainedTokenizer:
+    """A tokenizer of at most `vocab_size` ids (special ones included); the same texts always give
+    the same one.
+
+    Args:
+      special_tokens: such as "<image>"; their ids are 4, 5, ..., after those of this module.
 
     Raises:
       ValueError: unknown name, or a vocabulary that cannot hold the letters.
@@ -277,14 +285,16 @@ def train_tokenizer(name: str, texts: Iterable[str], vocab_size: int) -> Trained
     normalizer = tokenizers.normalizers.Sequence(
         [tokenizers.normalizers.NFKC(), tokenizers.normalizers.Lowercase()]
     )
-    backend = TRAINERS[name]([normalizer.normalize_str(text) for text in texts], vocab_size)
+    special = [*_SPECIAL, *special_tokens]
+    normalised = [normalizer.normalize_str(text) for text in texts]
+    backend = TRAINERS[name](normalised, vocab_size, special)
     if backend.get_vocab_size() > vocab_size:
         raise ValueError(
             f"The {name} tokenizer needs vocab_size >= {backend.get_vocab_size()} for the letters "
             f"of these captions, not {vocab_size}."
         )
     backend.normalizer = normalizer
-    backend.add_special_tokens(_SPECIAL)
+    backend.add_special_tokens(special)
     ids = [(token, backend.token_to_id(token)) for token in (BOS, EOS)]
     backend.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"{BOS} $A {EOS}", special_tokens=ids

@@ -46,12 +46,14 @@ class Layout(Protocol):
       frames: pictures that the connector reads together; 1 for most.
       tokens: places for such a clip, or picture, in the text: `VLMConfig.image_tokens`.
       newlines: whether `NEWLINE` is among the places: for `VLMConfig.newline`.
+      drawn: whether what stands for an image can be learnt as text is: for codes, not for vectors.
     """
 
     size: int
     frames: int
     tokens: int
     newlines: bool
+    drawn: bool
 
     def plan(self, width: int, height: int) -> Plan:
         """For an upright image of this many pixels."""
@@ -80,6 +82,7 @@ class Whole:
 
     frames = 1
     newlines = False
+    drawn = False
 
     def __init__(self, preset: str, size: int, tokens: int):
         self._preset, self.size, self.tokens = PRESETS[preset], size, tokens
@@ -92,6 +95,24 @@ class Whole:
         out = np.empty((1, self.size, self.size, 3), np.float32)
         normalize_into(fit(image, self._preset, self.size), self._preset, out[0])
         return out
+
+
+@LAYOUTS.register("codes")
+class Codes(Whole):
+    """The image is one picture, of which an image tokenizer makes codes (`UnifiedConfig`).
+
+    Args:
+      preset, size: see `Whole`.
+      tokens: ids of an image, ends of rows included: `UnifiedConfig.image_tokens`.
+      begin, end: the special tokens around them; `end` "" for none.
+    """
+
+    drawn = True
+
+    def __init__(self, preset: str, size: int, tokens: int, begin: str, end: str):
+        super().__init__(preset, size, tokens)
+        self.begin, self.end = begin, end
+        self._plan = Plan(1, (begin, *self._plan.pieces, *([end] if end else [])))
 
 
 @LAYOUTS.register("tiles")
@@ -112,6 +133,7 @@ class Tiles:
 
     frames = 1
     newlines = False
+    drawn = False
 
     def __init__(
         self,
@@ -176,6 +198,7 @@ class Board:
     """
 
     newlines = False
+    drawn = False
 
     def __init__(self, preset: str, size: int, tokens: int, rows: int, columns: int):
         if rows < 1 or columns < 1:

@@ -237,8 +237,8 @@ def test_chunks_of_a_document_end_before_the_next_image():
     end = ("<|endofchunk|>", True)
     assert parts("openflamingo") == [
         ("begin", False), ("a", True), end,
-        (Picture(0), False), ("b", True), end,
-        (Picture(1), False), (Picture(2), False), ("c d", True), end,
+        (Picture(0), True), ("b", True), end,
+        (Picture(1), True), (Picture(2), True), ("c d", True), end,
     ]  # fmt: skip
     asked = Conversation((Turn("user", (0, "\nwhat? ")), Turn("assistant", ("a",))), (b"",))
     assert parts("openflamingo", asked) == [
@@ -246,7 +246,7 @@ def test_chunks_of_a_document_end_before_the_next_image():
         ("a", True), end,
     ]  # fmt: skip
     assert parts("interleaved")[1:5] == [
-        ("a", True), ("eos", True), (Picture(0), False), ("b", True),
+        ("a", True), ("eos", True), (Picture(0), True), ("b", True),
     ]  # fmt: skip
 
 
