@@ -8,6 +8,7 @@ tokenizers of Make-A-Scene, Chameleon, LlamaGen and Janus are of this kind.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,10 +19,13 @@ from mmjax.nn.attention import attend
 from mmjax.nn.conv import Conv
 from mmjax.nn.linear import Linear
 from mmjax.nn.norm import GroupNorm
-from mmjax.quantizers import QuantizerConfig, make_quantizer
-from mmjax.typing import Array, Float, Int
+from mmjax.quantizers import QuantizerConfig, Statistics, make_quantizer
+from mmjax.typing import Array, Float, Int, Key
 
 EPS = 1e-6
+# Makes the norm of so many channels, which is called with a grid and with whatever else the blocks
+# are given.
+Norm = Callable[[int], nnx.Module]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +44,9 @@ class VQGANConfig:
       middle_attends: whether there is attention at the middle, between encoder and decoder.
       channels: of images.
       groups: of the group norms.
+      heads: of attention.
+      patch: side in pixels of what is one place of the largest grid, whose channels are those of
+        its pixels. In the original 1; 2 spares the grid that costs most.
       decodes: whether there is a decoder; without it codes can be made, and no images.
       dtype: of the computation.
     """
@@ -54,6 +61,8 @@ class VQGANConfig:
     middle_attends: bool = True
     channels: int = 3
     groups: int = 32
+    heads: int = 1
+    patch: int = 1
     decodes: bool = True
     dtype: str = "float32"
     name: str = dataclasses.field(default="vqgan", init=False)
@@ -65,10 +74,12 @@ class VQGANConfig:
                 f"multipliers={self.multipliers}, depth={self.depth}: a VQGAN needs a level, and "
                 "each level a block."
             )
+        if self.patch < 1:
+            raise ValueError(f"patch={self.patch} must be 1 or more.")
         if self.image_size % self.factor:
             raise ValueError(
-                f"image_size={self.image_size} is no multiple of {self.factor}: each of "
-                f"{self.levels} levels but the last halves the grid."
+                f"image_size={self.image_size} is no multiple of {self.factor}: with patch="
+                f"{self.patch} each of {self.levels} levels but the last halves the grid."
             )
         wrong = [level for level in self.attends if not 0 <= level < self.levels]
         if wrong:
@@ -79,6 +90,11 @@ class VQGANConfig:
                 f"width={self.width} with multipliers={self.multipliers} makes levels of "
                 f"{narrow[0]} channels, which are not {self.groups} groups."
             )
+        attending = [self.widths[level] for level in self.attends]
+        attending += [self.widths[-1]] if self.middle_attends else []
+        uneven = [width for width in attending if width % self.heads]
+        if uneven:
+            raise ValueError(f"heads={self.heads} do not divide {uneven[0]} channels.")
 
     @property
     def levels(self) -> int:
@@ -92,7 +108,12 @@ class VQGANConfig:
     @property
     def factor(self) -> int:
         """Pixels along the side of what becomes one code."""
-        return 2 ** (self.levels - 1)
+        return self.patch * 2 ** (self.levels - 1)
+
+    @property
+    def inputs(self) -> int:
+        """Channels of a place of the largest grid."""
+        return self.channels * self.patch**2
 
 
 class VQGANOutput(NamedTuple):
@@ -101,43 +122,47 @@ class VQGANOutput(NamedTuple):
       images: [B, H, W, C], what the decoder makes of the codes.
       codes: [B, H / factor, W / factor, *quantizer.shape] int32.
       loss: that of the quantizer; see `Quantized`.
+      statistics: likewise.
     """
 
     images: Array
     codes: Array
     loss: Array
+    statistics: Statistics | tuple[()] = ()
 
 
 class ResidualBlock(nnx.Module):
     """Two convolutions, each after a norm and SiLU, around which the input goes."""
 
-    def __init__(self, inputs: int, outputs: int, groups: int, *, rngs: nnx.Rngs):
-        self.first_norm = GroupNorm(inputs, groups=groups, eps=EPS)
+    def __init__(self, inputs: int, outputs: int, norm: Norm, *, rngs: nnx.Rngs):
+        self.first_norm = norm(inputs)
         self.first = Conv(inputs, outputs, rngs=rngs)
-        self.second_norm = GroupNorm(outputs, groups=groups, eps=EPS)
+        self.second_norm = norm(outputs)
         self.second = Conv(outputs, outputs, rngs=rngs)
         self.shortcut = None if inputs == outputs else Linear(inputs, outputs, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
-        y = self.first(jax.nn.silu(self.first_norm(x)))
-        y = self.second(jax.nn.silu(self.second_norm(y)))
+    def __call__(self, x: Float[Array, "b h w c"], *given: Array) -> Float[Array, "b h w d"]:
+        y = self.first(jax.nn.silu(self.first_norm(x, *given)))
+        y = self.second(jax.nn.silu(self.second_norm(y, *given)))
         return y + (x if self.shortcut is None else self.shortcut(x))
 
 
 class GridAttention(nnx.Module):
-    """Attention of one head over all places of the grid, added to the input."""
+    """Attention over all places of the grid, added to the input."""
 
-    def __init__(self, width: int, groups: int, *, rngs: nnx.Rngs):
-        self.norm = GroupNorm(width, groups=groups, eps=EPS)
+    def __init__(self, width: int, heads: int, norm: Norm, *, rngs: nnx.Rngs):
+        self.heads = heads
+        self.norm = norm(width)
         self.query = Linear(width, width, rngs=rngs)
         self.key = Linear(width, width, rngs=rngs)
         self.value = Linear(width, width, rngs=rngs)
         self.out = Linear(width, width, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        y = self.norm(x).reshape(x.shape[0], -1, 1, x.shape[-1])
-        y = attend(self.query(y), self.key(y), self.value(y))
-        return x + self.out(y).reshape(x.shape)
+    def __call__(self, x: Float[Array, "b h w c"], *given: Array) -> Float[Array, "b h w c"]:
+        y = self.norm(x, *given).reshape(x.shape[0], -1, x.shape[-1])
+        heads = (*y.shape[:2], self.heads, -1)
+        y = attend(*(part(y).reshape(heads) for part in (self.query, self.key, self.value)))
+        return x + self.out(y.reshape(x.shape))
 
 
 class Level(nnx.Module):
@@ -145,6 +170,7 @@ class Level(nnx.Module):
 
     Args:
       count: of the blocks.
+      norm: see `Norm`.
       attends: whether attention follows each of them.
       sample: a convolution, where the grid changes after the level.
     """
@@ -155,58 +181,66 @@ class Level(nnx.Module):
         width: int,
         count: int,
         config: VQGANConfig,
+        norm: Norm,
         *,
         attends: bool,
         sample: Conv | None,
         rngs: nnx.Rngs,
     ):
         self.blocks = nnx.List(
-            ResidualBlock(width if number else inputs, width, config.groups, rngs=rngs)
+            ResidualBlock(width if number else inputs, width, norm, rngs=rngs)
             for number in range(count)
         )
         self.attentions = nnx.List(
-            GridAttention(width, config.groups, rngs=rngs) for _ in range(count if attends else 0)
+            GridAttention(width, config.heads, norm, rngs=rngs)
+            for _ in range(count if attends else 0)
         )
         self.sample = sample
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+    def __call__(self, x: Float[Array, "b h w c"], *given: Array) -> Float[Array, "b h w d"]:
         """Without `sample`."""
         for number, block in enumerate(self.blocks):
-            x = block(x)
+            x = block(x, *given)
             if len(self.attentions):
-                x = self.attentions[number](x)
+                x = self.attentions[number](x, *given)
         return x
 
 
 class Middle(nnx.Module):
     """Two blocks on the smallest grid, with attention between them."""
 
-    def __init__(self, config: VQGANConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: VQGANConfig, norm: Norm, *, rngs: nnx.Rngs):
         width = config.widths[-1]
-        self.first = ResidualBlock(width, width, config.groups, rngs=rngs)
+        self.first = ResidualBlock(width, width, norm, rngs=rngs)
         self.attention = (
-            GridAttention(width, config.groups, rngs=rngs) if config.middle_attends else None
+            GridAttention(width, config.heads, norm, rngs=rngs) if config.middle_attends else None
         )
-        self.second = ResidualBlock(width, width, config.groups, rngs=rngs)
+        self.second = ResidualBlock(width, width, norm, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        x = self.first(x)
-        x = x if self.attention is None else self.attention(x)
-        return self.second(x)
+    def __call__(self, x: Float[Array, "b h w c"], *given: Array) -> Float[Array, "b h w c"]:
+        x = self.first(x, *given)
+        x = x if self.attention is None else self.attention(x, *given)
+        return self.second(x, *given)
+
+
+def group_norms(config: VQGANConfig) -> Norm:
+    return lambda width: GroupNorm(width, groups=config.groups, eps=EPS)
 
 
 class Encoder(nnx.Module):
     """images [B, H, W, C] -> [B, H / factor, W / factor, latent]"""
 
     def __init__(self, config: VQGANConfig, *, rngs: nnx.Rngs):
-        widths = config.widths
-        self.first = Conv(config.channels, config.width, rngs=rngs)
+        widths, norm = config.widths, group_norms(config)
+        self.patch = config.patch
+        self.first = Conv(config.inputs, config.width, rngs=rngs)
         self.levels = nnx.List(
             Level(
                 inputs,
                 width,
                 config.depth,
                 config,
+                norm,
                 attends=level in config.attends,
                 # Zeros follow the last row and column only.
                 sample=None
@@ -218,12 +252,12 @@ class Encoder(nnx.Module):
                 zip((config.width, *widths), widths, strict=False)
             )
         )
-        self.middle = Middle(config, rngs=rngs)
-        self.norm = GroupNorm(widths[-1], groups=config.groups, eps=EPS)
+        self.middle = Middle(config, norm, rngs=rngs)
+        self.norm = norm(widths[-1])
         self.last = Conv(widths[-1], config.latent, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
-        x = self.first(x)
+        x = self.first(gathered(x, self.patch))
         for level in self.levels:
             x = level(x)
             x = x if level.sample is None else level.sample(x)
@@ -232,18 +266,25 @@ class Encoder(nnx.Module):
 
 class Decoder(nnx.Module):
     """[B, h, w, latent] -> images [B, h * factor, w * factor, C]. Its levels begin with the
-    smallest grid."""
+    smallest grid.
 
-    def __init__(self, config: VQGANConfig, *, rngs: nnx.Rngs):
+    Args:
+      norm: see `Norm`; group norms if None.
+    """
+
+    def __init__(self, config: VQGANConfig, *, norm: Norm | None = None, rngs: nnx.Rngs):
         widths = config.widths[::-1]
+        norm = group_norms(config) if norm is None else norm
+        self.patch = config.patch
         self.first = Conv(config.latent, widths[0], rngs=rngs)
-        self.middle = Middle(config, rngs=rngs)
+        self.middle = Middle(config, norm, rngs=rngs)
         self.levels = nnx.List(
             Level(
                 inputs,
                 width,
                 config.depth + 1,
                 config,
+                norm,
                 attends=config.levels - 1 - number in config.attends,
                 sample=None if number == config.levels - 1 else Conv(width, width, rngs=rngs),
                 rngs=rngs,
@@ -252,16 +293,35 @@ class Decoder(nnx.Module):
                 zip((widths[0], *widths), widths, strict=False)
             )
         )
-        self.norm = GroupNorm(widths[-1], groups=config.groups, eps=EPS)
-        self.last = Conv(widths[-1], config.channels, rngs=rngs)
+        self.norm = norm(widths[-1])
+        self.last = Conv(widths[-1], config.inputs, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b i j d"]) -> Float[Array, "b h w c"]:
-        x = self.middle(self.first(x))
+    def __call__(self, x: Float[Array, "b i j d"], *given: Array) -> Float[Array, "b h w c"]:
+        x = self.middle(self.first(x), *given)
         for level in self.levels:
-            x = level(x)
+            x = level(x, *given)
             if level.sample is not None:
-                x = level.sample(x.repeat(2, axis=1).repeat(2, axis=2))  # the nearest neighbour
-        return self.last(jax.nn.silu(self.norm(x)))
+                x = level.sample(enlarged(x, 2))
+        return spread(self.last(jax.nn.silu(self.norm(x, *given))), self.patch)
+
+
+def enlarged(x: Float[Array, "b h w c"], times: int) -> Float[Array, "b i j c"]:
+    """Each place of a grid becomes `times` x `times` (the nearest neighbour)."""
+    return x.repeat(times, axis=1).repeat(times, axis=2)
+
+
+def gathered(images: Float[Array, "b h w c"], patch: int) -> Float[Array, "b i j d"]:
+    """Squares of `patch` x `patch` pixels become places, [B, H / patch, W / patch, patch^2 * C]."""
+    batch, height, width, channels = images.shape
+    x = images.reshape(batch, height // patch, patch, width // patch, patch, channels)
+    return x.swapaxes(2, 3).reshape(batch, height // patch, width // patch, -1)
+
+
+def spread(x: Float[Array, "b i j d"], patch: int) -> Float[Array, "b h w c"]:
+    """The inverse of `gathered`."""
+    batch, height, width, _ = x.shape
+    x = x.reshape(batch, height, width, patch, patch, -1).swapaxes(2, 3)
+    return x.reshape(batch, height * patch, width * patch, -1)
 
 
 class VQGAN(nnx.Module):
@@ -276,8 +336,18 @@ class VQGAN(nnx.Module):
         self.decoder = Decoder(config, rngs=rngs) if config.decodes else None
 
     def __call__(self, images: Float[Array, "b h w c"]) -> VQGANOutput:
-        vectors, codes, loss = self.quantizer(self._vectors(images))
-        return VQGANOutput(self._images(vectors), codes, loss)
+        found = self.quantizer(self._vectors(images))
+        return VQGANOutput(self._images(found.vectors), *found[1:])
+
+    @property
+    def learnt(self) -> tuple[str, ...]:
+        """Paths of the parameters that `update` changes; see `Quantizer`."""
+        return tuple(f"quantizer/{path}" for path in self.quantizer.learnt)
+
+    def update(self, statistics: Statistics | tuple[()], rng: Key) -> dict[str, Array]:
+        """Their new values, from the statistics of a whole batch."""
+        values = self.quantizer.update(statistics, rng)
+        return {f"quantizer/{path}": value for path, value in values.items()}
 
     def encode(self, images: Float[Array, "b h w c"]) -> Int[Array, "b i j *c"]:
         """The codes of images.
@@ -296,15 +366,20 @@ class VQGAN(nnx.Module):
         return self._images(self.quantizer.vectors(codes))
 
     def _vectors(self, images: Array) -> Array:
-        factor = self.config.factor
-        if images.shape[1] % factor or images.shape[2] % factor:
-            raise ValueError(
-                f"Images of {images.shape[1]} x {images.shape[2]} pixels do not make whole codes: "
-                f"their sides must be multiples of {factor}."
-            )
+        check_sides(images, self.config.factor)
         return self.before(self.encoder(images.astype(self.config.dtype)))
 
     def _images(self, vectors: Array) -> Array:
         if self.decoder is None:
             raise ValueError("decodes=False: this tokenizer makes codes, and no images of them.")
         return self.decoder(self.after(vectors.astype(self.config.dtype)))
+
+
+def check_sides(images: Float[Array, "... h w c"], factor: int) -> None:
+    """Raises ValueError if they do not make whole codes."""
+    height, width = images.shape[-3:-1]
+    if height % factor or width % factor:
+        raise ValueError(
+            f"Images of {height} x {width} pixels do not make whole codes: their sides must be "
+            f"multiples of {factor}."
+        )

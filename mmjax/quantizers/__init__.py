@@ -5,12 +5,15 @@ from mmjax.quantizers.base import (
     Quantized,
     Quantizer,
     QuantizerConfig,
+    Statistics,
     make_quantizer,
 )
 from mmjax.quantizers.codebook import Codebook, CodebookConfig
+from mmjax.quantizers.ema import EMACodebook, EMACodebookConfig
 from mmjax.quantizers.fsq import FSQ, FSQConfig
 from mmjax.quantizers.lfq import LFQ, LFQConfig
 from mmjax.quantizers.residual import Residual, ResidualConfig
+from mmjax.quantizers.usage import counts, perplexity, usage
 
 __all__ = [
     "FSQ",
@@ -18,6 +21,8 @@ __all__ = [
     "QUANTIZERS",
     "Codebook",
     "CodebookConfig",
+    "EMACodebook",
+    "EMACodebookConfig",
     "FSQConfig",
     "LFQConfig",
     "Quantized",
@@ -25,5 +30,9 @@ __all__ = [
     "QuantizerConfig",
     "Residual",
     "ResidualConfig",
+    "Statistics",
+    "counts",
     "make_quantizer",
+    "perplexity",
+    "usage",
 ]

@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 
 from mmjax.registry import Registry
-from mmjax.typing import Array, Float, Int
+from mmjax.typing import Array, Float, Int, Key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,17 +28,31 @@ class QuantizerConfig:
         return ()
 
 
+class Statistics(NamedTuple):
+    """What a quantiser learns from without gradients.
+
+    Attributes:
+      given: [..., E] float32, the vectors.
+      codes: [..., *shape] int32, theirs.
+    """
+
+    given: Array
+    codes: Array
+
+
 class Quantized(NamedTuple):
     """
     Attributes:
       vectors: [..., E], those of the codes. Their gradient goes to the vectors that were given.
       codes: [..., *shape] int32.
       loss: scalar float32, to be added to what the vectors are used for; 0 for those without.
+      statistics: for `Quantizer.update`; () for those that learn nothing from them.
     """
 
     vectors: Array
     codes: Array
     loss: Array
+    statistics: Statistics | tuple[()] = ()
 
 
 class Quantizer(nnx.Module):
@@ -62,6 +76,20 @@ class Quantizer(nnx.Module):
     def vectors(self, codes: Int[Array, "*c"]) -> Float[Array, "*b e"]:
         """float32, of codes [..., *shape]."""
         raise NotImplementedError
+
+    @property
+    def learnt(self) -> tuple[str, ...]:
+        """Paths within it of the parameters that `update` changes, which gradients must not."""
+        return ()
+
+    def update(self, statistics: Statistics | tuple[()], rng: Key) -> dict[str, Array]:
+        """New values of the parameters `learnt`, by path.
+
+        Args:
+          statistics: of a whole batch, as this quantiser gave them.
+          rng: of random choices.
+        """
+        return {}
 
 
 QUANTIZERS: Registry[type[Quantizer]] = Registry("quantizer")

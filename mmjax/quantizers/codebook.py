@@ -71,25 +71,34 @@ class Codebook(Quantizer):
         codes = self.codes(x)
         found, given = self.vectors(codes), x.astype(jnp.float32)
         given = unit(given) if self.config.unit else given
-        loss = jnp.mean(jnp.square(jax.lax.stop_gradient(given) - found))
-        loss += self.config.commitment * jnp.mean(jnp.square(given - jax.lax.stop_gradient(found)))
         through = rotated if self.config.through == "rotation" else straight_through
-        return Quantized(through(given, found).astype(x.dtype), codes, loss)
+        return Quantized(through(given, found).astype(x.dtype), codes, self.loss(given, found))
+
+    def loss(self, given: Float[Array, "*b e"], found: Float[Array, "*b e"]) -> Array:
+        loss = jnp.mean(jnp.square(jax.lax.stop_gradient(given) - found))
+        return loss + self.config.commitment * drawn(given, found)
 
     def codes(self, x: Float[Array, "*b e"]) -> Int[Array, "*b"]:
-        """Of equally near codes the first."""
-        x, table = x.astype(jnp.float32), self.embedding[...]
-        if self.config.compare == "cosine":
-            table = unit(table)
-            far = -x @ table.T
-        else:
-            # The squared distance, without the part that all codes share.
-            far = jnp.sum(jnp.square(table), axis=-1) - 2 * x @ table.T
-        return jnp.argmin(far, axis=-1).astype(jnp.int32)
+        return nearest(x.astype(jnp.float32), self.embedding[...], self.config.compare)
 
     def vectors(self, codes: Int[Array, "*b"]) -> Float[Array, "*b e"]:
         found = self.embedding[...][codes]
         return unit(found) if self.config.unit else found
+
+
+def nearest(x: Float[Array, "*b e"], table: Float[Array, "k e"], compare: str) -> Int[Array, "*b"]:
+    """The row of the table, int32; of equally near ones the first. See `CodebookConfig.compare`."""
+    if compare == "cosine":
+        far = -x @ unit(table).T
+    else:
+        # The squared distance, without the part that all codes share.
+        far = jnp.sum(jnp.square(table), axis=-1) - 2 * x @ table.T
+    return jnp.argmin(far, axis=-1).astype(jnp.int32)
+
+
+def drawn(given: Float[Array, "*b e"], found: Float[Array, "*b e"]) -> Array:
+    """The loss that draws vectors to their codes."""
+    return jnp.mean(jnp.square(given - jax.lax.stop_gradient(found)))
 
 
 def unit(x: Float[Array, "*b e"]) -> Float[Array, "*b e"]:

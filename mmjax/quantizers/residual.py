@@ -16,11 +16,12 @@ from mmjax.quantizers.base import (
     Quantized,
     Quantizer,
     QuantizerConfig,
+    Statistics,
     make_quantizer,
     straight_through,
 )
 from mmjax.quantizers.codebook import CodebookConfig
-from mmjax.typing import Array, Float, Int
+from mmjax.typing import Array, Float, Int, Key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +71,26 @@ class Residual(Quantizer):
             left = left - jax.lax.stop_gradient(found.vectors)
             codes.append(found.codes)
             loss += found.loss
-        vectors = straight_through(given, given - left)
-        return Quantized(vectors.astype(x.dtype), jnp.stack(codes, axis=-1), loss)
+        vectors, codes = straight_through(given, given - left), jnp.stack(codes, axis=-1)
+        statistics = Statistics(given, codes) if self.learnt else ()
+        return Quantized(vectors.astype(x.dtype), codes, loss, statistics)
 
     def vectors(self, codes: Int[Array, "*b d"]) -> Float[Array, "*b e"]:
         return sum(each.vectors(codes[..., number]) for number, each in enumerate(self.each))
+
+    @property
+    def learnt(self) -> tuple[str, ...]:
+        return tuple(
+            f"each/{number}/{path}" for number, each in enumerate(self.each) for path in each.learnt
+        )
+
+    def update(self, statistics: Statistics | tuple[()], rng: Key) -> dict[str, Array]:
+        if not self.learnt:
+            return {}
+        left, values = statistics.given, {}
+        for number, each in enumerate(self.each):
+            own = Statistics(left, statistics.codes[..., number])
+            new = each.update(own, jax.random.fold_in(rng, number))
+            values |= {f"each/{number}/{path}": value for path, value in new.items()}
+            left = left - each.vectors_after(own, new)
+        return values

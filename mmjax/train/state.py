@@ -28,7 +28,7 @@ class TrainState:
       step: updates done so far, int32 scalar.
       rng: key data (uint32) from which every step folds its own key.
       trainable: parameters that are trained, by path.
-      frozen: parameters that are not.
+      frozen: parameters that are not; some may be learnt from statistics of batches.
       opt_state: the optimizer's.
       ema: moving averages of `trainable`; empty if none are kept.
     """

@@ -1,4 +1,5 @@
-"""One training step: gradients (accumulated exactly), update, metrics."""
+"""One training step: gradients (accumulated exactly), update, metrics; and what is learnt from
+statistics."""
 
 from __future__ import annotations
 
@@ -12,7 +13,10 @@ from flax import nnx
 
 from mmjax.params import Params, merge
 from mmjax.train.state import TrainState
-from mmjax.train.tasks import FeatureTask, Task
+from mmjax.train.tasks import FeatureTask, StatefulTask, Task
+
+# Folded into a step's key for what is learnt from statistics: no split of the key comes so far.
+_STATISTICS = 2**31
 
 
 def make_step(
@@ -39,12 +43,19 @@ def make_step(
         def model_of(trainable: Params) -> nnx.Module:
             return merge(graphdef, {**trainable, **state.frozen})
 
-        loss, metrics, grads = _gradients(task, model_of, state.trainable, batch, rng, accumulate)
+        loss, metrics, grads, statistics = _gradients(
+            task, model_of, state.trainable, batch, rng, accumulate
+        )
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         averages = state.ema
         if ema is not None:
             averages = optax.incremental_update(trainable, state.ema, 1.0 - ema)
+        frozen = state.frozen
+        if isinstance(task, StatefulTask):
+            model, key = model_of(state.trainable), jax.random.fold_in(rng, _STATISTICS)
+            learnt, of_batch = task.update(model, statistics, key)
+            frozen, metrics = {**frozen, **learnt}, {**metrics, **of_batch}
         # Norms of what lies in memory anyhow. That of the update, or of what it makes, would be
         # compiled into one loop with it: on CPUs an AdamW update was three times as slow for it.
         metrics = {
@@ -53,7 +64,7 @@ def make_step(
             "param_norm": optax.global_norm(state.trainable),
             **metrics,
         }
-        new = TrainState(state.step + 1, state.rng, trainable, state.frozen, opt_state, averages)
+        new = TrainState(state.step + 1, state.rng, trainable, frozen, opt_state, averages)
         return new, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
     return step
@@ -66,10 +77,11 @@ def _gradients(
     batch: Any,
     rng: jax.Array,
     accumulate: int,
-) -> tuple[jax.Array, dict[str, jax.Array], Params]:
-    """Loss, metrics and gradients of a batch; `accumulate` changes memory, not the result."""
+) -> tuple[jax.Array, dict[str, jax.Array], Params, Any]:
+    """Loss, metrics, gradients and statistics of a batch; `accumulate` changes memory, not the
+    result."""
     if accumulate == 1:
-        return _whole(lambda p: task.loss(model_of(p), batch, rng), params)
+        return _whole(lambda p: _loss(task, model_of(p), batch, rng), params)
     parts = jax.tree.map(lambda x: _split(x, accumulate), batch)
     rngs = jax.random.split(rng, accumulate)
     if isinstance(task, FeatureTask):
@@ -77,40 +89,50 @@ def _gradients(
     return _summed(task, model_of, params, parts, rngs)
 
 
-def _whole(loss: Callable[[Params], Any], params: Any) -> tuple[jax.Array, dict, Any]:
-    def ratio(params):
-        (numerator, denominator), metrics = loss(params)
-        return numerator / denominator, {name: n / d for name, (n, d) in metrics.items()}
+def _loss(task: Task, model: nnx.Module, batch: Any, rng: jax.Array) -> tuple[Any, Any]:
+    """The result of a task, and statistics if it has some."""
+    if isinstance(task, StatefulTask):
+        return task.loss_and_statistics(model, batch, rng)
+    return task.loss(model, batch, rng), ()
 
-    (value, metrics), grads = jax.value_and_grad(ratio, has_aux=True)(params)
-    return value, metrics, grads
+
+def _whole(loss: Callable[[Params], Any], params: Any) -> tuple[jax.Array, dict, Any, Any]:
+    def ratio(params):
+        ((numerator, denominator), metrics), statistics = loss(params)
+        metrics = {name: n / d for name, (n, d) in metrics.items()}
+        return numerator / denominator, (metrics, statistics)
+
+    (value, (metrics, statistics)), grads = jax.value_and_grad(ratio, has_aux=True)(params)
+    return value, metrics, grads, statistics
 
 
 def _summed(task, model_of, params, parts, rngs):
     """Sum of numerators over sum of denominators: parts with more tokens weigh more."""
 
     def numerator(params, part, rng):
-        (top, bottom), metrics = task.loss(model_of(params), part, rng)
-        return top, (bottom, metrics)
+        ((top, bottom), metrics), statistics = _loss(task, model_of(params), part, rng)
+        return top, (bottom, metrics, statistics)
 
     def terms(part, rng):
-        (top, (bottom, metrics)), grads = jax.value_and_grad(numerator, has_aux=True)(
+        (top, (bottom, metrics, statistics)), grads = jax.value_and_grad(numerator, has_aux=True)(
             params, part, rng
         )
-        return jax.tree.map(jnp.asarray, (top, bottom, metrics, grads))
+        return jax.tree.map(jnp.asarray, (top, bottom, metrics, grads)), statistics
 
     def add(total, inputs):
-        return jax.tree.map(jnp.add, total, terms(*inputs)), None
+        found, statistics = terms(*inputs)
+        return jax.tree.map(jnp.add, total, found), statistics
 
-    shapes = jax.eval_shape(
+    shapes, _ = jax.eval_shape(
         lambda inputs: terms(*jax.tree.map(lambda x: x[0], inputs)), (parts, rngs)
     )
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    (top, bottom, metrics, grads), _ = jax.lax.scan(add, zeros, (parts, rngs))
+    (top, bottom, metrics, grads), statistics = jax.lax.scan(add, zeros, (parts, rngs))
     return (
         top / bottom,
         {name: n / d for name, (n, d) in metrics.items()},
         jax.tree.map(lambda g: g / bottom, grads),
+        jax.tree.map(_join, statistics),
     )
 
 
@@ -125,8 +147,11 @@ def _cached(task: FeatureTask, model_of, params, parts, rngs):
         return task.features(model_of(params), part, rng)
 
     cached = jax.lax.map(lambda inputs: features(params, *inputs), (parts, rngs))
-    value, metrics, (grads, to_features) = _whole(
-        lambda both: task.loss_of_features(model_of(both[0]), jax.tree.map(_join, both[1])),
+    value, metrics, (grads, to_features), _ = _whole(
+        lambda both: (
+            task.loss_of_features(model_of(both[0]), jax.tree.map(_join, both[1])),
+            (),
+        ),
         (params, cached),
     )
 
@@ -136,7 +161,7 @@ def _cached(task: FeatureTask, model_of, params, parts, rngs):
         return jax.tree.map(jnp.add, total, pullback(cotangent)[0]), None
 
     grads, _ = jax.lax.scan(add, grads, (parts, rngs, to_features))
-    return value, metrics, grads
+    return value, metrics, grads, ()
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:

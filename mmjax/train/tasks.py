@@ -5,6 +5,7 @@
 Metrics are (numerator, denominator) pairs too, so that parts of a batch add up exactly. A task
 whose loss couples the examples of a batch is a `FeatureTask`: it says how to compute features of a
 part of the batch and the loss from the features of the whole, and so can be accumulated exactly.
+A task that learns parameters from what a batch shows, and not by gradients, is a `StatefulTask`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ml_collections import ConfigDict
 from mmjax import losses
 from mmjax.config import ConfigError
 from mmjax.data.spec import ConversationSpec, parse
+from mmjax.data.tokenizer import Tokenizer
 from mmjax.models.flamingo import FlamingoConfig
 from mmjax.models.lm import LMConfig
 from mmjax.models.mllama import MllamaConfig
@@ -57,6 +59,18 @@ class Task(abc.ABC):
           ConfigError: listing what does not agree.
         """
 
+    def check_tokenizer(  # noqa: B027
+        self, model: Any, data: ConfigDict, tokenizer: Tokenizer | None
+    ) -> None:
+        """That the run's tokenizer is one for this model, beyond the size of its vocabulary.
+
+        Args:
+          model, data: as of `check`.
+
+        Raises:
+          ConfigError: listing what does not agree.
+        """
+
     @abc.abstractmethod
     def loss(self, model: nnx.Module, batch: Batch, rng: Array | None) -> Result:
         """The loss of a batch. `rng` None: deterministic, as in evaluation."""
@@ -75,6 +89,59 @@ class FeatureTask(Task):
 
     def loss(self, model: nnx.Module, batch: Batch, rng: Array | None) -> Result:
         return self.loss_of_features(model, self.features(model, batch, rng))
+
+
+class StatefulTask(Task):
+    """A loss, and parameters that are learnt from statistics of the batch, e.g. a codebook.
+
+    The training step writes their new values; evaluation does not. Rules must freeze them.
+    """
+
+    @abc.abstractmethod
+    def loss_and_statistics(
+        self, model: nnx.Module, batch: Batch, rng: Array | None
+    ) -> tuple[Result, Any]:
+        """The loss, and arrays [B, ...] whose rows are about the examples. No gradient goes through
+        them."""
+
+    @abc.abstractmethod
+    def update(
+        self, model: nnx.Module, statistics: Any, rng: Array
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        """New values of the parameters `learnt`, by path, and metrics of the batch.
+
+        Args:
+          model: as the loss saw it.
+          statistics: of the whole batch, in its order, however it was divided.
+          rng: of random choices.
+        """
+
+    @abc.abstractmethod
+    def learnt(self, model: nnx.Module) -> tuple[str, ...]:
+        """Paths of the parameters that `update` changes."""
+
+    def check_rules(self, model: nnx.Module, trainable: dict[str, bool]) -> None:
+        """That no gradient changes them too.
+
+        Args:
+          model: its parameters may be shapes.
+          trainable: whether rules train them, by path.
+
+        Raises:
+          ConfigError: listing those that are trained.
+        """
+        trained = [path for path in self.learnt(model) if trainable[path]]
+        if trained:
+            raise ConfigError(
+                "These parameters are learnt from statistics of batches, but "
+                "config.rules.trainable trains them by gradients:\n"
+                + "\n".join(f"  {path}" for path in trained)
+                + "\nBegin the table with a row that freezes them, e.g. "
+                "(r'(.*/)?quantizer/.*', False)."
+            )
+
+    def loss(self, model: nnx.Module, batch: Batch, rng: Array | None) -> Result:
+        return self.loss_and_statistics(model, batch, rng)[0]
 
 
 @TASKS.register("contrastive")
@@ -175,7 +242,7 @@ class LanguageModelling(Task):
 
     def __init__(self, mesh: Mesh, *, targets: int | None = None):
         del mesh
-        _check_targets(targets)
+        check_targets(targets)
         self.targets = targets
 
     def check(self, model: Any, data: ConfigDict) -> None:
@@ -228,7 +295,8 @@ class LanguageModelling(Task):
         }
 
 
-def _check_targets(targets: int | None) -> None:
+def check_targets(targets: int | None) -> None:
+    """Raises ValueError unless it is a number of tokens, or None."""
     if targets is not None and targets < 1:
         raise ValueError(f"config.task.targets={targets} must be at least 1, or None.")
 
@@ -251,7 +319,7 @@ class VisionLanguage(Task):
 
     def __init__(self, mesh: Mesh, *, targets: int | None = None):
         del mesh
-        _check_targets(targets)
+        check_targets(targets)
         self.targets = targets
 
     def check(self, model: VLMConfig, data: ConfigDict) -> None:
