@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None) -> int:
     output = Path(args.output) if args.output else workdir / "evaluation"
     output.mkdir(parents=True, exist_ok=True)
     experiment = prepare(config)
-    tokenizer = loop.build_tokenizer(config, workdir)
+    tokenizer = loop.build_tokenizer(experiment, workdir)
     evaluators = loop.make_evaluators(experiment, tokenizer, output)
     step, params = restore_params(workdir / "checkpoints", experiment.target_params())
     scores = {}

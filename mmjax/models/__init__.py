@@ -5,7 +5,9 @@ from flax import nnx
 from mmjax.models.altclip import AltCLIP, AltCLIPConfig, AltText, AltTextConfig
 from mmjax.models.bert import Bert, BertConfig
 from mmjax.models.clip import CLIP, CLIPConfig
+from mmjax.models.emu3_vq import Emu3VQ, Emu3VQConfig
 from mmjax.models.flamingo import Flamingo, FlamingoConfig
+from mmjax.models.janus import Janus, JanusConfig
 from mmjax.models.lm import LM, LMConfig, LMOutput
 from mmjax.models.mllama import Mllama, MllamaConfig
 from mmjax.models.naflex import NaFlexConfig, NaFlexViT
@@ -15,6 +17,8 @@ from mmjax.models.sizes import text_size, vit_size
 from mmjax.models.t5 import T5, T5Config, T5Encoder, T5EncoderConfig
 from mmjax.models.text import TextConfig, TextOutput, TextTransformer
 from mmjax.models.tiled_vit import TiledViT, TiledViTConfig
+from mmjax.models.tokenizer_trainer import TokenizerTrainer, TokenizerTrainerConfig
+from mmjax.models.unified import Unified, UnifiedConfig, UnifiedOutput
 from mmjax.models.vit import ViT, ViTConfig, ViTOutput
 from mmjax.models.vlm import VLM, Seq2SeqVLM, Seq2SeqVLMConfig, VLMConfig, VLMOutput
 from mmjax.models.vqgan import VQGAN, VQGANConfig, VQGANOutput
@@ -39,6 +43,10 @@ MODELS.register("flamingo")((FlamingoConfig, Flamingo))
 MODELS.register("mllama")((MllamaConfig, Mllama))
 MODELS.register("seq2seq_vlm")((Seq2SeqVLMConfig, Seq2SeqVLM))
 MODELS.register("vqgan")((VQGANConfig, VQGAN))
+MODELS.register("tokenizer_trainer")((TokenizerTrainerConfig, TokenizerTrainer))
+MODELS.register("unified")((UnifiedConfig, Unified))
+MODELS.register("janus")((JanusConfig, Janus))
+MODELS.register("emu3_vq")((Emu3VQConfig, Emu3VQ))
 
 __all__ = [
     "CLIP",
@@ -54,8 +62,12 @@ __all__ = [
     "Bert",
     "BertConfig",
     "CLIPConfig",
+    "Emu3VQ",
+    "Emu3VQConfig",
     "Flamingo",
     "FlamingoConfig",
+    "Janus",
+    "JanusConfig",
     "LMConfig",
     "LMOutput",
     "Mllama",
@@ -77,6 +89,11 @@ __all__ = [
     "TextTransformer",
     "TiledViT",
     "TiledViTConfig",
+    "TokenizerTrainer",
+    "TokenizerTrainerConfig",
+    "Unified",
+    "UnifiedConfig",
+    "UnifiedOutput",
     "VLMConfig",
     "VLMOutput",
     "VQGANConfig",

@@ -122,6 +122,7 @@ class GatedSelfBlock(Block):
         self,
         x: Array,
         attend: Callable[[Array], tuple[Array, KV | None]],
+        expert: None = None,
         drop_rate: Array | None = None,
         rng: Key | None = None,
     ) -> tuple[Array, KV | None]:

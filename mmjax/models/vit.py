@@ -63,6 +63,8 @@ class ViTConfig:
       head_input: what the classification head sees: "pooled", the mean of the "patches" after the
         final norm (SigLIP) or before it ("raw_patches", CLIP), or the class token beside that
         mean ("cls_and_patches", DINOv2).
+      qk_norm_eps: of the layer norms of queries and keys over each head's width (Dehghani et al.,
+        2023; Janus has the option); None: there are none.
     """
 
     image_size: int | tuple[int, int]
@@ -93,6 +95,7 @@ class ViTConfig:
     interpolation: str = "bicubic"
     projection: ProjectionConfig | None = None
     head_input: str = "pooled"
+    qk_norm_eps: float | None = None
 
     def __post_init__(self):
         if not isinstance(self.image_size, int):  # a list would make the config unhashable
@@ -157,6 +160,8 @@ class ViTConfig:
             qkv_bias=self.qkv_bias,
             gated=self.gated,
             layer_scale=self.layer_scale,
+            qk_norm=None if self.qk_norm_eps is None else "layernorm",
+            qk_norm_eps=self.qk_norm_eps,
         )
 
 

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mmjax.connectors import ConnectorConfig, Grid, make_connector
+from mmjax.connectors import ConnectorConfig, make_connector
 from mmjax.models.lm import LM, Cache, LMConfig
+from mmjax.models.seeing import NEWLINE, TEXT, Seeing, SeeingConfig
 from mmjax.models.t5 import T5, T5Cache, T5Config
 from mmjax.models.vit import ViT, ViTConfig
 from mmjax.nn import masks
@@ -27,12 +28,9 @@ from mmjax.typing import Array, Bool, Float, Int
 
 ATTENTIONS = ("causal", "prefix", "image_blocks")
 
-# What `place` says of a position that is no visual token's.
-TEXT, NEWLINE = -1, -2
-
 
 @dataclasses.dataclass(frozen=True)
-class VLMConfig:
+class VLMConfig(SeeingConfig):
     """Everything that decides what a vision-language model computes.
 
     Attributes:
@@ -66,20 +64,12 @@ class VLMConfig:
 
     def __post_init__(self):
         check_choice("attention", self.attention, ATTENTIONS)
-        if not self.features:
-            raise ValueError("features=() names no block of the encoder to read: give (-2,).")
-        for block in self.features:
-            if not -self.encoder.depth <= block < self.encoder.depth:
-                raise ValueError(
-                    f"features={self.features}: there is no block {block} in an encoder of "
-                    f"depth={self.encoder.depth}."
-                )
         if isinstance(self.lm, LMConfig) and self.lm.embed_width is not None:
             raise ValueError(
                 f"lm.embed_width={self.lm.embed_width} is not the width {self.lm.width} of visual "
                 "tokens: take a language model whose token table has the width of its blocks."
             )
-        _ = self.image_tokens  # raises where the connector does not fit
+        self.check_features()
 
     @property
     def limit(self) -> int | None:
@@ -94,26 +84,6 @@ class VLMConfig:
     def visual_width(self) -> int:
         """Of visual tokens."""
         return self.lm.width
-
-    @property
-    def frames(self) -> int:
-        """Images that are read together, a clip; 1 where each is read by itself."""
-        return self.connector.frames
-
-    @property
-    def feature_width(self) -> int:
-        """Of what the connector reads."""
-        return self.encoder.width * len(self.features)
-
-    @property
-    def extra(self) -> int:
-        """Features of an image beside those of its patches."""
-        return self.encoder.prefix if self.class_token else 0
-
-    @property
-    def image_tokens(self) -> int:
-        """Visual tokens of an image, or of a clip where the connector reads several."""
-        return self.connector.tokens(self.encoder.grid, self.extra)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +118,7 @@ class Packing(NamedTuple):
     positions: Array | None = None
 
 
-class VLM(nnx.Module):
+class VLM(Seeing):
     """tokens [B, T], images [B, I, H, W, C] -> logits [B, T, V]. See `run`."""
 
     encoder_decoder = False
@@ -227,53 +197,6 @@ class VLM(nnx.Module):
         """The output head, for `VLMOutput.hidden` or some of its vectors; float32."""
         return self.lm.logits(hidden)
 
-    def encode_images(
-        self,
-        images: Float[Array, "b i h w c"],
-        *,
-        text: Int[Array, "n l"] | None = None,
-        text_mask: Bool[Array, "n l"] | None = None,
-    ) -> Float[Array, "b m d"]:
-        """The visual tokens of each row, those of its images one after the other."""
-        features, grid = self._clips(images)
-        given = {}
-        if text is not None:
-            if not self.connector.reads_text:
-                raise ValueError(
-                    f"The connector {self.config.connector.name!r} reads no text: leave `text` out."
-                )
-            given = {"text": text, "text_mask": text_mask}
-        tokens, _ = self.connector(features, None, grid, **given)
-        return tokens.reshape(images.shape[0], -1, tokens.shape[-1])
-
-    def name_images(self, images: Float[Array, "b i h w c"]) -> Float[Array, "b m v"]:
-        """The logarithm of the share that each entry of the vocabulary has in each visual token;
-        see `Connector.name`."""
-        features, grid = self._clips(images)
-        shares = self.connector.name(features, None, grid)
-        return shares.reshape(images.shape[0], -1, shares.shape[-1])
-
-    def _clips(self, images: Array) -> tuple[Float[Array, "n p d"], Grid]:
-        """What the connector reads of each clip, and the grid of an image's patches."""
-        frames = self.config.connector.frames
-        batch, count, *size = images.shape
-        if count % frames:
-            raise ValueError(
-                f"The connector reads clips of {frames} images, but rows have {count}: give each "
-                f"a multiple of {frames}."
-            )
-        features = self.features(images.reshape(batch * count, *size))
-        features = features.reshape(batch * count // frames, -1, features.shape[-1])
-        return features, self.encoder.patch.grid(*size[:2])
-
-    def features(self, images: Float[Array, "n h w c"]) -> Float[Array, "n p d"]:
-        """What the connector reads of each image."""
-        config = self.config
-        out = self.encoder(images, features=config.features)
-        layers = self.encoder.final_norm(out.features) if config.features_norm else out.features
-        layers = layers[:, :, config.encoder.prefix - config.extra :]
-        return layers[0] if len(layers) == 1 else jnp.concatenate(list(layers), axis=-1)
-
     def prefill(
         self,
         tokens: Int[Array, "b t"],
@@ -329,12 +252,6 @@ class VLM(nnx.Module):
             newline = self.newline[...].astype(words.dtype)
             embeddings = jnp.where((place == NEWLINE)[:, :, None], newline, embeddings)
         return constrain(embeddings, "batch", "tokens", "embed"), place
-
-    def _places(self, tokens: Array, mask: Array | None) -> Int[Array, "b t"]:
-        """Those of the placeholders, in order."""
-        here = tokens == self.config.image_token
-        here = here if mask is None else here & mask
-        return jnp.where(here, jnp.cumsum(here, axis=1, dtype=jnp.int32) - 1, TEXT)
 
     def _embed_text(self, tokens: Array, mask: Array | None) -> Float[Array, "b t d"]:
         # Whatever stands at padding, -1 for instance, must not become a vector of NaN.

@@ -26,21 +26,29 @@ from mmjax.data.spec import batch_fields
 from mmjax.data.tokenizer import Tokenizer
 from mmjax.nn import backend, lora
 from mmjax.nn.partition import activation_sharding
-from mmjax.params import Params, abstract
+from mmjax.params import Params, abstract, merge
 from mmjax.paths import located
 from mmjax.registry import nearest
-from mmjax.train import checkpoints, state
+from mmjax.train import (  # (tasks are found by name)
+    checkpoints,
+    image_tasks,  # noqa: F401
+    state,
+    unified_task,  # noqa: F401
+)
 from mmjax.train.handover import (
     check_adapters,
     check_handover,
     check_tokens,
+    grow,
     is_checkpoint,
     model_dataclass,
+    smaller_vocabularies,
+    with_tokens,
 )
 from mmjax.train.optimizers import OptimizerConfig, make_optimizer, make_schedule
 from mmjax.train.schedules import Schedule
 from mmjax.train.step import make_step
-from mmjax.train.tasks import TASKS, Task
+from mmjax.train.tasks import TASKS, StatefulTask, Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,6 +309,8 @@ def prepare(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
     except TypeError as error:
         raise ConfigError(f"config.task {name!r}: {error}") from None
     task.check(model_dataclass(config.model.to_dict()), config.data)
+    if isinstance(task, StatefulTask):
+        task.check_rules(merge(graphdef, shapes), trainable)
     step = make_step(task, graphdef, tx, accumulate=training.accumulate, ema=optimizer.ema)
     return Experiment(
         config=config,
@@ -328,7 +338,8 @@ def load_initial(experiment: Experiment, tokenizer: Tokenizer | None = None) -> 
     no row matches is initialised at random. A source is the work directory of a run, or a
     checkpoint of Hugging Face format (its paths are those of the model that
     `mmjax.from_pretrained` makes of it); position tables of the latter are interpolated to this
-    model's resolution. Adapters of config.lora that a source lacks are new: they change nothing.
+    model's resolution, and tables of fewer tokens than this model has grow. Adapters of config.lora
+    that a source lacks are new: they change nothing.
 
     Args:
       experiment: whose parameters they will be.
@@ -361,10 +372,16 @@ def load_initial(experiment: Experiment, tokenizer: Tokenizer | None = None) -> 
         source = located(source)
         check_handover(experiment.config.model.to_dict(), source, names)
         check_tokens(tokenizer, source, names)
-        arrays = _read_params(source, {there: targets[here] for here, there in names.items()})
+        smaller = smaller_vocabularies(experiment.config.model.to_dict(), source, names)
+        wanted_there = {there: targets[here] for here, there in names.items()}
+        for here, tokens in smaller.items():
+            wanted_there[names[here]] = with_tokens(here, targets[here], tokens)
+        arrays = _read_params(source, wanted_there)
         twice = set()
         for here, there in names.items():
-            if there in arrays:
+            if here in smaller:
+                loaded[here] = grow(here, arrays[there], targets[here])
+            elif there in arrays:
                 # Buffers are given away when training starts, each once.
                 loaded[here] = jnp.copy(arrays[there]) if there in twice else arrays[there]
                 twice.add(there)

@@ -12,6 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
 from mmjax import convert
 from mmjax.config import ConfigError, dataclass_from, split_name
 from mmjax.convert.family import read_json
@@ -32,7 +36,10 @@ _FREE = {
     "num_classes",
     "projection",
     "head_input",
+    "vocab_size",  # a larger one grows; see `smaller_vocabularies`
 }
+# The tables of a vocabulary: their paths, and the dimension of tokens.
+_TABLES = {"token/embedding": 0, "head/kernel": 1}
 
 
 def model_dataclass(model: Mapping[str, Any]) -> Any:
@@ -95,6 +102,58 @@ def check_handover(model: Mapping[str, Any], source: Path, names: Mapping[str, s
             + "\n".join(problems)
             + "\nChange config.model to what it is there, or name the right source."
         )
+
+
+def smaller_vocabularies(
+    model: Mapping[str, Any], source: Path, names: Mapping[str, str]
+) -> dict[str, int]:
+    """The tables of tokens that have fewer rows in a source than here, and how many they have.
+
+    Args: as of `check_handover`.
+    """
+    tables = {
+        here: there
+        for here, there in names.items()
+        if any(here == table or here.endswith(f"/{table}") for table in _TABLES)
+    }
+    if not tables:
+        return {}
+    ours, theirs = model_dataclass(model), _config_of(source)
+    smaller = {}
+    for here, there in tables.items():
+        sizes = []
+        for config, path in ((ours, here), (theirs, there)):
+            part = config and _at(config, path.rsplit("/", 2)[0] if path.count("/") > 1 else "")
+            sizes.append(vars(part).get("vocab_size") if part else None)
+        if None not in sizes and sizes[1] < sizes[0]:
+            smaller[here] = sizes[1]
+    return smaller
+
+
+def with_tokens(path: str, target: jax.ShapeDtypeStruct, tokens: int) -> jax.ShapeDtypeStruct:
+    """The shape of a table of so many tokens; it lies whole on every device."""
+    shape = list(target.shape)
+    shape[_axis(path)] = tokens
+    whole = NamedSharding(target.sharding.mesh, PartitionSpec())
+    return jax.ShapeDtypeStruct(tuple(shape), target.dtype, sharding=whole)
+
+
+def grow(path: str, table: jax.Array, target: jax.ShapeDtypeStruct) -> jax.Array:
+    """A table of tokens with more of them: new ones are the mean of those there are, so that they
+    are neither likely nor unlikely at first (Hewitt, "Initializing New Word Embeddings for
+    Pretrained Language Models", 2021)."""
+    axis = _axis(path)
+    mean = jnp.mean(table, axis=axis, keepdims=True)
+
+    def grown() -> jax.Array:
+        new = jnp.repeat(mean, target.shape[axis] - table.shape[axis], axis=axis)
+        return jnp.concatenate([table, new], axis=axis).astype(target.dtype)
+
+    return jax.jit(grown, out_shardings=target.sharding)()
+
+
+def _axis(path: str) -> int:
+    return next(axis for name, axis in _TABLES.items() if path.endswith(name))
 
 
 def check_tokens(tokenizer: Tokenizer | None, source: Path, names: Mapping[str, str]) -> None:

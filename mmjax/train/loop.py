@@ -31,6 +31,7 @@ from mmjax.registry import nearest
 from mmjax.train import workdir as workdirs
 from mmjax.train.checkpoints import Checkpoints
 from mmjax.train.experiment import Experiment, load_initial, prepare
+from mmjax.train.handover import model_dataclass
 from mmjax.train.logging import MetricsWriter, progress, read_metrics
 from mmjax.train.processes import together
 from mmjax.train.state import fingerprint
@@ -81,7 +82,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
 
 def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -> dict[str, float]:
     config = experiment.config
-    tokenizer = build_tokenizer(config, workdir)
+    tokenizer = build_tokenizer(experiment, workdir)
     with together("opening the training data"):
         loader = datasets.open_train(
             config.data,
@@ -406,13 +407,15 @@ class _StopOnSignal:
         return multihost_utils.reached_preemption_sync_point(step)
 
 
-def build_tokenizer(config: ConfigDict, workdir: Path) -> Any:
+def build_tokenizer(experiment: Experiment, workdir: Path) -> Any:
     """The tokenizer of config.data, checked against the model's vocabulary; None where there is
     none.
 
     Raises:
-      ConfigError: if the tokenizer has more tokens than the model has embeddings.
+      ConfigError: if the tokenizer has more tokens than the model has embeddings, or is not the one
+        that the task needs.
     """
+    config = experiment.config
     if config.data.tokenizer is None:
         return None
     # The first process may have to train it; the others read what it wrote.
@@ -430,4 +433,5 @@ def build_tokenizer(config: ConfigDict, workdir: Path) -> Any:
                 f"The tokenizer has {tokenizer.vocab_size} tokens, but the model has embeddings "
                 f"for {table.vocab_size}. Set {where}.vocab_size to at least that."
             )
+    experiment.task.check_tokenizer(model_dataclass(model.to_dict()), config.data, tokenizer)
     return tokenizer

@@ -8,6 +8,7 @@ preconditioners come from optax.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -55,6 +56,16 @@ def adafactor(
     return optax.chain(*parts)
 
 
+# Dimensions of an array that are the rows of a matrix, and its columns.
+_MATRICES = {3: (1, 2), 4: ((0, 1, 2), 3)}
+
+
+def _sides(kernel: Any) -> tuple[int, int]:
+    """Rows and columns of each matrix, see `_MATRICES`."""
+    stacked = kernel.ndim == 3
+    return math.prod(kernel.shape[1 if stacked else 0 : -1]), kernel.shape[-1]
+
+
 @PRECONDITIONERS.register("muon")
 def muon(
     *,
@@ -63,16 +74,21 @@ def muon(
     ns_steps: int = 5,
     b1: float = 0.9,
     b2: float = 0.999,
+    convolutions: bool = False,
 ) -> optax.GradientTransformation:
     """Momentum orthogonalised by Newton-Schulz for the matrices of layers, Adam for all else.
 
     Updates of matrices are scaled to Adam's usual size (0.2 RMS; Liu et al., "Muon is Scalable for
     LLM Training", 2025), so that one learning rate serves both. Stacked kernels [layers, in, out]
-    are orthogonalised layer by layer.
+    are orthogonalised layer by layer; with `convolutions` also their kernels [k, k, in, out], as
+    matrices [k * k * in, out].
     """
 
     def is_matrix(path: str, leaf: Any) -> bool:
-        return path.endswith("/kernel") and "layers" in path.split("/") and leaf.ndim == 3
+        if not path.endswith("/kernel"):
+            return False
+        stacked = "layers" in path.split("/") and leaf.ndim == 3
+        return stacked or (convolutions and leaf.ndim == 4)
 
     def labels(params: Params) -> dict[str, str]:
         return {path: "muon" if is_matrix(path, leaf) else "adam" for path, leaf in params.items()}
@@ -80,7 +96,7 @@ def muon(
     # optax masks what belongs to the other part; those leaves have no dimensions.
     def dimensions(updates: Params) -> dict[str, Any]:
         return {
-            path: contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+            path: contrib.MuonDimensionNumbers(*_MATRICES[leaf.ndim])
             if not isinstance(leaf, optax.MaskedNode)
             else leaf
             for path, leaf in updates.items()
@@ -95,7 +111,7 @@ def muon(
         ),
         optax.stateless(
             lambda updates, params: jax.tree.map(
-                lambda update: update * 0.2 * max(update.shape[1:]) ** 0.5, updates
+                lambda update: update * 0.2 * max(_sides(update)) ** 0.5, updates
             )
         ),
     )
