@@ -53,6 +53,8 @@ class Family:
         knowingly not used.
       aliases: further class names whose checkpoints this family reads (their heads being ignored).
       variants: classes of our configs that are those of another module than `model`.
+      generation: entries of `generation_config.json` that say what a model is; they are read as if
+        they stood in `config.json`, and written where they belong.
     """
 
     model_type: str
@@ -65,6 +67,7 @@ class Family:
     ignored: Callable[[Any], Sequence[str]] = lambda config: ()
     aliases: Sequence[str] = ()
     variants: Mapping[type, type[nnx.Module]] = dataclasses.field(default_factory=dict)
+    generation: Sequence[str] = ()
 
     def module(self, config: Any) -> type[nnx.Module]:
         """The class of our model for a config of this family."""

@@ -169,9 +169,24 @@ POINTWISE: Kind = (
     ),
     Leaf(".bias", "/bias", SAME),
 )
+# Convolutions [outputs, inputs, t, k, k].
+CONV3D: Kind = (
+    Leaf(
+        ".weight",
+        "/kernel",
+        Transform(lambda x: (x.transpose(2, 3, 4, 1, 0),), lambda x: x.transpose(4, 3, 0, 1, 2)),
+    ),
+    Leaf(".bias", "/bias", SAME),
+)
 # GPT-2's "Conv1D": a linear layer whose weight is [inputs, outputs].
 CONV1D: Kind = (Leaf(".weight", "/kernel", SAME), Leaf(".bias", "/bias", SAME))
 NORM: Kind = (Leaf(".weight", "/scale", SAME), Leaf(".bias", "/bias", SAME))
+BATCH_NORM: Kind = (
+    *NORM,
+    Leaf(".running_mean", "/mean", SAME),
+    Leaf(".running_var", "/variance", SAME),
+    Leaf(".num_batches_tracked", "/batches", SAME),
+)
 EMBEDDING: Kind = (Leaf(".weight", "/embedding", SAME),)
 ARRAY: Kind = (Leaf("", "", SAME),)
 # torch.nn.MultiheadAttention: queries, keys and values in one.

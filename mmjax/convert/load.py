@@ -27,7 +27,7 @@ from mmjax.params import Params, abstract, merge
 from mmjax.paths import located
 from mmjax.registry import nearest
 
-CONFIG = "config.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
 
 
 class Checkpoint(NamedTuple):
@@ -66,6 +66,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     else:
         content = read_json(path / CONFIG)
         architecture, family = find(content, str(path))
+        if family.generation and (path / GENERATION).is_file():
+            settings = read_json(path / GENERATION)
+            content |= {key: settings[key] for key in family.generation if key in settings}
         tensors = files.open_directory(path)
     file_names = rename(tensors.shapes, family.renames, str(path))
     hf = transformers_config(content, str(path))

@@ -19,9 +19,16 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from mmjax.convert.family import Family, Origin, Source, families, transformers_config
+from mmjax.convert.family import (
+    Family,
+    Origin,
+    Source,
+    families,
+    read_json,
+    transformers_config,
+)
 from mmjax.convert.files import Item, write_directory
-from mmjax.convert.load import CONFIG, with_fields
+from mmjax.convert.load import CONFIG, GENERATION, with_fields
 from mmjax.convert.table import ConversionError, Entry, lay_out
 from mmjax.nn import lora
 from mmjax.params import split
@@ -42,6 +49,9 @@ _RUNTIME = {
     "max_scale": None,
     "padding": "attend",
     "early": "all",
+    "dropout": 0.0,
+    "follow": "any",
+    "shape": None,
 }
 
 # Files beside the weights that belong to a checkpoint.
@@ -55,7 +65,7 @@ COMPANIONS = (
     "sentencepiece*.model",
     "chat_template*",
     "*processor_config.json",
-    "generation_config.json",
+    GENERATION,
     "modules.json",
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
@@ -102,15 +112,23 @@ def save_pretrained(
     largest = max(items, key=lambda one: one.size)
     content |= {"architectures": [name], "dtype": largest.dtype.name}
     content.pop("torch_dtype", None)
+    settings = {key: content.pop(key) for key in families()[name].generation if key in content}
     first = jax.process_index() == 0
     with whole_directory(directory) if first else contextlib.nullcontext(directory) as scratch:
         write_directory(scratch, items, max_shard_size, write=first)
         if first:
-            text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-            (scratch / CONFIG).write_text(text, encoding="utf-8")
+            write_json(scratch / CONFIG, content)
             source = like if like is not None else origin and origin.directory
             if source is not None and Path(source).is_dir():
                 copy_companions(Path(source), scratch)
+            file = scratch / GENERATION
+            there = read_json(file) if settings and file.is_file() else {}
+            if there | settings != there:
+                write_json(file, there | settings)
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def refuse_existing(directory: Path, *, overwrite: bool) -> None:

@@ -56,11 +56,11 @@ def check_gradients(family: str, model, gradients: Mapping[str, jax.Array], refe
 
     Args:
       model: ours, read by `from_pretrained`.
-      reference: the model of transformers; tensors without a gradient count as zero.
+      reference: the model of transformers; tensors without a gradient (buffers) count as zero.
     """
     theirs = {
         name: np.zeros(p.shape, np.float32) if p.grad is None else p.grad.numpy()
-        for name, p in reference.named_parameters()
+        for name, p in (*reference.named_parameters(), *reference.named_buffers())
     }
     top = max(np.abs(g).max() for g in theirs.values())
     assert top > 1e-3, "a loss without gradients shows nothing"

@@ -96,7 +96,7 @@ def stream(config: VLMConfig, rows: Sequence[Sequence[int | str | Plan]], seed=0
                 continue
             plan = whole if item == IMAGE else item
             place = np.concatenate(plan.pieces)
-            before = sum(map(len, mine)) * config.image_tokens
+            before = sum(map(len, mine)) * config.places
             places += np.where(place < 0, place, place + before).tolist()
             tokens += [config.image_token] * len(place)
             mine.append(rng.normal(size=(plan.pictures, *shape)).astype(np.float32))
