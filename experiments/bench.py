@@ -10,6 +10,7 @@ python -m experiments.bench load
 python -m experiments.bench vlm [--connectors mlp qformer]
 python -m experiments.bench search [--images 10000]
 python -m experiments.bench attention
+python -m experiments.bench unified
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ BENCHES = {
     "load": "experiments._bench_load",
     "search": "experiments._bench_search",
     "attention": "experiments._bench_attention",
+    "unified": "experiments._bench_unified",
 }
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -14,12 +13,22 @@ from jax.sharding import Mesh
 from mmjax import rules as tables
 from mmjax import sharding
 from mmjax.generation import programs
-from mmjax.generation.beam import EARLY_STOPPING, Search
+from mmjax.generation.beam import Search
+from mmjax.generation.negative import pair
+from mmjax.generation.options import (
+    check_length,
+    end_tokens,
+    make_sampler,
+    make_search,
+    row_keys,
+    suppressed_tokens,
+)
 from mmjax.generation.programs import Choice
 from mmjax.generation.prompts import Prompts, Tokens, bucket, check_rows, left_pad, read_rows
-from mmjax.generation.sampling import Sampler
 from mmjax.generation.sight import Images, read_prompts
 from mmjax.generation.stopping import StopStrings
+from mmjax.generation.streams import check_ends
+from mmjax.models.unified import UnifiedConfig
 from mmjax.nn import backend
 from mmjax.typing import Array
 
@@ -121,6 +130,10 @@ class Generator:
         top_p: float | None = None,
         min_p: float | None = None,
         repetition_penalty: float | None = None,
+        guidance: float | None = None,
+        negative: Tokens | None = None,
+        negative_images: Images | None = None,
+        suppress: Sequence[int] | None = None,
         num_beams: int = 1,
         length_penalty: float = 1.0,
         early_stopping: bool | str = False,
@@ -147,6 +160,13 @@ class Generator:
             its images are looked at; of the form of `tokens`.
           temperature: 0 takes the most probable token ("greedy"); above it, tokens are drawn.
           top_k, top_p, min_p, repetition_penalty: see `Sampler`.
+          guidance: classifier-free guidance, by which prompts count more (above 1) or less (below)
+            than they would: see `Sampler.guided`. A step reads twice as many rows. None or 1: none.
+          negative: with guidance, what is written without the prompts: of the form of `tokens`, one
+            for each row or one for all, such as the begin-of-text token alone.
+          negative_images: of the form of `images`, those of the negative prompts, which stand where
+            tokens are the model's `image_token`; None: they have none.
+          suppress: tokens that are never chosen.
           num_beams: above 1, beam search; see `Search` for length_penalty and early_stopping.
           eos_id: end token or tokens.
           pad_id: what follows an end; the first end token if None, or 0.
@@ -161,25 +181,41 @@ class Generator:
           ValueError: on options that contradict each other and prompts that do not fit.
         """
         config, encodes = self.model.config, self.model.encoder_decoder
+        sampler = make_sampler(
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            repetition_penalty,
+            guidance,
+            suppressed_tokens(suppress, config.vocab_size),
+        )
         prompts = self._read(tokens, images, mask, place, text, text_mask)
-        _check_length(prompts.valid, max_new_tokens, None if encodes else config.limit)
+        rows = len(prompts.tokens)
+        if sampler.guidance is not None:
+            prompts = pair(prompts, self._read_negative(negative, negative_images))
+            if isinstance(config, UnifiedConfig):
+                check_ends(config, prompts)
+        elif guidance is None and not (negative is None and negative_images is None):
+            raise ValueError("negative prompts count by guidance only: give it, such as 3.0.")
+        check_length(prompts.valid, max_new_tokens, None if encodes else config.limit)
         length = prompts.tokens.shape[1]
         room = bucket(max_new_tokens if encodes else length + max_new_tokens)
-        eos = _ends(eos_id, config.vocab_size)
+        eos = end_tokens(eos_id, config.vocab_size)
         pad = int(eos[0]) if eos.size and pad_id is None else pad_id or 0
-        sampler = _sampler(temperature, top_k, top_p, min_p, repetition_penalty)
-        rows = len(prompts.tokens)
-        keys = None if sampler.temperature is None else _row_keys(key, rows)
+        keys = None if sampler.temperature is None else row_keys(key, rows)
         choice = self.place(Choice(sampler, keys, eos, np.int32(pad)))
-        prompts = self.place(prompts, batch=rows)
+        prompts = self.place(prompts, batch=len(prompts.tokens))
         stops = StopStrings(stop_strings, decode)
         if num_beams != 1:
+            if sampler.guidance is not None:
+                raise ValueError("Beam search goes without guidance: use num_beams=1.")
             if sampler.temperature is not None or stops or stream is not None:
                 raise ValueError(
                     "Beam search knows its tokens only at the end, and draws none: it goes with "
                     "neither a temperature, nor stop_strings, nor stream. Use num_beams=1 for them."
                 )
-            search = _search(num_beams, length_penalty, early_stopping, max_new_tokens)
+            search = make_search(num_beams, length_penalty, early_stopping, max_new_tokens)
             return self._search(prompts, choice, self.place(search), room)
         if stream_every < 1:
             raise ValueError(f"stream_every={stream_every} must be at least 1.")
@@ -206,6 +242,17 @@ class Generator:
         rows = read_rows(tokens, mask, "tokens")
         check_rows(rows, config.vocab_size, config.limit)
         return left_pad(rows, config.limit)
+
+    def _read_negative(self, tokens: Tokens | None, images: Images | None) -> Prompts:
+        if tokens is None:
+            raise ValueError(
+                "guidance compares with what is written without the prompt: give negative, such as "
+                "[[begin-of-text token]]."
+            )
+        try:
+            return self._read(tokens, images, None, None, None, None)
+        except ValueError as error:
+            raise ValueError(f"Of the negative prompts: {error}") from None
 
     def _decode(
         self,
@@ -260,95 +307,3 @@ def _put(x: Any, where: Any) -> Array:
     if isinstance(x, jax.Array):
         return jax.device_put(x, where)
     return sharding.place_like_sharding(x, where)
-
-
-def _check_length(valid: np.ndarray, new_tokens: int, limit: int | None) -> None:
-    """Raises ValueError if there is no room for the new tokens."""
-    if new_tokens < 1:
-        raise ValueError(f"max_new_tokens={new_tokens} must be at least 1.")
-    longest = int(valid.sum(axis=1).max())
-    if limit is not None and longest + new_tokens > limit:
-        raise ValueError(
-            f"A prompt of {longest} tokens and max_new_tokens={new_tokens} exceed the model's "
-            f"limit of {limit} positions: at most {max(limit - longest, 0)} tokens can follow."
-        )
-
-
-def _ends(eos_id: int | Sequence[int] | None, vocab_size: int) -> np.ndarray:
-    """The end tokens [E], each once; raises ValueError if one is outside of the vocabulary."""
-    given = [] if eos_id is None else np.reshape(eos_id, -1).tolist()
-    outside = [token for token in given if not 0 <= token < vocab_size]
-    if outside:
-        raise ValueError(f"eos_id={outside} is outside of a vocabulary of {vocab_size} tokens.")
-    return np.array(list(dict.fromkeys(given)), np.int32)
-
-
-def _sampler(
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
-    repetition_penalty: float | None,
-) -> Sampler:
-    """Raises ValueError on values that mean nothing, and options of sampling without sampling."""
-    drawn = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
-    given = [name for name, value in drawn.items() if value is not None]
-    if not temperature >= 0:
-        raise ValueError(f"temperature={temperature} must be 0 (the most probable token) or above.")
-    if temperature == 0 and given:
-        raise ValueError(
-            f"{', '.join(given)} choose from what is drawn, but temperature=0 takes the most "
-            "probable token: give a temperature, such as 1.0."
-        )
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k} must be at least 1.")
-    for name, value in (("top_p", top_p), ("min_p", min_p)):
-        if value is not None and not 0 <= value <= 1:
-            raise ValueError(f"{name}={value} is a probability: from 0 to 1.")
-    if repetition_penalty is not None and not repetition_penalty > 0:
-        raise ValueError(f"repetition_penalty={repetition_penalty} must be above 0 (1: none).")
-
-    def number(value: float | None) -> np.float32 | None:
-        return None if value is None else np.float32(value)
-
-    return Sampler(
-        temperature=number(temperature or None),
-        top_p=number(top_p),
-        min_p=number(min_p),
-        repetition_penalty=number(repetition_penalty),
-        top_k=top_k,
-    )
-
-
-def _search(
-    num_beams: int, length_penalty: float, early_stopping: bool | str, new_tokens: int
-) -> Search:
-    if num_beams < 1:
-        raise ValueError(f"num_beams={num_beams} must be at least 1.")
-    if early_stopping not in EARLY_STOPPING:
-        raise ValueError(f"early_stopping={early_stopping!r} must be one of {EARLY_STOPPING}.")
-    return Search(
-        length_penalty=np.float32(length_penalty),
-        steps=np.int32(new_tokens),
-        beams=num_beams,
-        early_stopping=early_stopping if early_stopping == "never" else bool(early_stopping),
-    )
-
-
-def _row_keys(key: Array | None, rows: int) -> Array:
-    """A key for each row.
-
-    Raises:
-      ValueError: if there is no key, or a number of keys that is not the number of rows.
-    """
-    if key is None:
-        raise ValueError("temperature above 0 draws tokens: give key=jax.random.key(0).")
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
-    if key.ndim == 0:
-        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
-    if key.shape != (rows,):
-        raise ValueError(
-            f"key has shape {key.shape}: give one key, or one for each of {rows} rows."
-        )
-    return key

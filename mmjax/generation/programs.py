@@ -95,7 +95,7 @@ class State(NamedTuple):
     """Between two steps of greedy decoding or sampling. All but the cache is on every device.
 
     Attributes:
-      cache: the model's.
+      cache: the model's; with guidance of 2 B rows, those of the negative prompts in between.
       seen: [B, V], tokens that were there before, or None.
       step: number of tokens chosen.
       token: [B], the last of them.
@@ -122,8 +122,13 @@ def start(
     *,
     room: int,
 ) -> State:
-    """The state after the first token; `room` is the length of the cache and of the buffer."""
-    rows = prompts.tokens.shape[0]
+    """The state after the first token.
+
+    Args:
+      prompts: with guidance, each is followed by its negative one.
+      room: the length of the cache and of the buffer.
+    """
+    rows = prompts.tokens.shape[0] // choice.sampler.copies
     with structure.model(leaves) as model:
         logits, cache = _prefill(model, prompts, room)
     state = State(
@@ -150,7 +155,8 @@ def decode(
 
     def step(state: State) -> State:
         with structure.model(leaves) as model:
-            logits, cache = model.step(state.token, state.cache)
+            tokens = jnp.repeat(state.token, choice.sampler.copies)
+            logits, cache = model.step(tokens, state.cache)
         return _choose(structure, state._replace(cache=cache), logits, choice)
 
     def more(state: State) -> Bool[Array, ""]:
@@ -160,7 +166,7 @@ def decode(
 
 
 def _choose(
-    structure: Structure, state: State, logits: Float[Array, "b v"], choice: Choice
+    structure: Structure, state: State, logits: Float[Array, "r v"], choice: Choice
 ) -> State:
     """The state after one more token."""
     keys = choice.keys
@@ -231,12 +237,13 @@ def _seen(
     """The tokens there are before generation begins, for the repetition penalty."""
     if sampler.repetition_penalty is None:
         return None
-    tokens = prompts.tokens
+    # Not those of the negative prompts.
+    tokens, valid = prompts.tokens[:: sampler.copies], prompts.valid[:: sampler.copies]
     rows = jnp.arange(tokens.shape[0])
     seen = jnp.zeros((tokens.shape[0], vocabulary), bool)
     if model.encoder_decoder:
         return mark(seen, jnp.full(rows.shape, model.config.decoder_start_id))
     # Padding, and what holds a visual token's place without being a token of the vocabulary, writes
     # what is there already.
-    words = prompts.valid & (tokens >= 0) & (tokens < vocabulary)
+    words = valid & (tokens >= 0) & (tokens < vocabulary)
     return seen.at[rows[:, None], tokens].max(words, mode="drop")

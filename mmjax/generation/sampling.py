@@ -1,8 +1,9 @@
 """The choice of the next token: which are allowed, and which of those is taken.
 
 Meaning and order of the options are those of `transformers` (`generation/logits_process.py`):
-repetition penalty (Keskar et al., 2019), then, where one samples, temperature, top-k, top-p
-(Holtzman et al., 2020) and min-p (Nguyen et al., 2024).
+classifier-free guidance (Ho and Salimans, 2022; of language models Sanchez et al., 2023),
+repetition penalty (Keskar et al., 2019), suppressed tokens, then, where one samples, temperature,
+top-k, top-p (Holtzman et al., 2020) and min-p (Nguyen et al., 2024).
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from mmjax.typing import Array, Bool, Float, Int
 # An array [], or a number of numpy that is to become one.
 Number = Any
 
+# Models mask tokens by -inf, or by the lowest finite number: no logit that means something is here.
+MASKED = jnp.finfo(jnp.float32).min / 2
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +34,8 @@ class Sampler:
       min_p: only tokens whose probability is at least this share of the most probable one's.
       repetition_penalty: divides positive logits of tokens that were there before, and multiplies
         negative ones.
+      guidance: see `guided`; every row is then two of the model.
+      suppressed: [V] bool, tokens that are never chosen.
       top_k: only the k most probable tokens (and those as probable as the last of them).
     """
 
@@ -37,31 +43,57 @@ class Sampler:
     top_p: Number | None = None
     min_p: Number | None = None
     repetition_penalty: Number | None = None
+    guidance: Number | None = None
+    suppressed: Any = None
     top_k: int | None = dataclasses.field(default=None, metadata={"static": True})
 
+    @property
+    def copies(self) -> int:
+        """Rows that the model reads for each text: its own and, with guidance, the negative one."""
+        return 1 if self.guidance is None else 2
+
     def __call__(
-        self, logits: Float[Array, "b v"], seen: Bool[Array, "b v"] | None, keys: Array | None
+        self, logits: Float[Array, "r v"], seen: Bool[Array, "b v"] | None, keys: Array | None
     ) -> Int[Array, " b"]:
         """The next token of each row.
 
         Args:
-          logits: of the next token.
+          logits: of the next token; R = B x `copies`.
           seen: tokens that were there before; for the repetition penalty.
           keys: one random key for each row, so that rows know nothing of each other.
         """
-        logits = self.penalised(logits, seen)
+        logits = self.penalised(self.guided(logits), seen)
         if self.temperature is None:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         return jax.vmap(jax.random.categorical)(keys, self.allowed(logits)).astype(jnp.int32)
 
+    def guided(self, logits: Float[Array, "r v"]) -> Float[Array, "b v"]:
+        """Log probabilities after the negative prompt, and `guidance` times what they gain by the
+        prompt.
+
+        What either masks keeps the log probability after the prompt: it has no gain.
+
+        Args:
+          logits: of each row, and after them those of its negative row.
+        """
+        if self.guidance is None:
+            return logits
+        pairs = jax.nn.log_softmax(logits).reshape(-1, 2, logits.shape[-1])
+        prompt, negative = pairs[:, 0], pairs[:, 1]
+        guided = negative + self.guidance * (prompt - negative)
+        return jnp.where(jnp.minimum(prompt, negative) > MASKED, guided, prompt)
+
     def penalised(
         self, logits: Float[Array, "b v"], seen: Bool[Array, "b v"] | None
     ) -> Float[Array, "b v"]:
-        """Logits after the repetition penalty."""
-        if self.repetition_penalty is None:
-            return logits
-        penalty = self.repetition_penalty
-        return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+        """Logits after the repetition penalty; -inf of suppressed tokens."""
+        if self.repetition_penalty is not None:
+            penalty = self.repetition_penalty
+            changed = jnp.where(logits < 0, logits * penalty, logits / penalty)
+            logits = jnp.where(seen, changed, logits)
+        if self.suppressed is not None:
+            logits = jnp.where(self.suppressed, -jnp.inf, logits)
+        return logits
 
     def allowed(self, logits: Float[Array, "b v"]) -> Float[Array, "b v"]:
         """Logits over the temperature; -inf where top-k, top-p or min-p leave a token out."""

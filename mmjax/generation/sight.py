@@ -21,6 +21,8 @@ from mmjax.generation.prompts import (
     left_pad,
     read_rows,
 )
+from mmjax.generation.streams import check_streams
+from mmjax.models.unified import UnifiedConfig
 from mmjax.models.vlm import NEWLINE, TEXT, VLMConfig
 from mmjax.typing import Array
 
@@ -29,7 +31,7 @@ Images = Array | np.ndarray | Sequence[Any]
 
 
 def read_prompts(
-    config: VLMConfig,
+    config: VLMConfig | UnifiedConfig,
     tokens: Tokens,
     images: Images | None,
     mask: Array | np.ndarray | None,
@@ -46,6 +48,10 @@ def read_prompts(
     pictures = _read_images(config, images, len(rows))
     places = _read_places(config, rows, pictures, place, mask)
     check_rows(rows, config.vocab_size, config.limit, [row == TEXT for row in places])
+    if isinstance(config, UnifiedConfig):
+        check_streams(config, rows, places)
+        if text is not None:
+            raise ValueError("Unified models read nothing beside the stream: leave `text` out.")
     prompts = left_pad(rows, config.limit)
     if not any(map(len, pictures)):
         return prompts
@@ -57,11 +63,11 @@ def read_prompts(
     return prompts._replace(sight=sight)
 
 
-def _read_images(config: VLMConfig, images: Images | None, rows: int) -> list[np.ndarray]:
+def _read_images(
+    config: VLMConfig | UnifiedConfig, images: Images | None, rows: int
+) -> list[np.ndarray]:
     """[I, H, W, C] float32 of each row."""
-    size = config.encoder.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    shape = (height, width, config.encoder.channels)
+    shape = config.image_shape
     none = np.zeros((0, *shape), np.float32)
     if images is None:
         return [none] * rows
@@ -92,16 +98,16 @@ def _read_images(config: VLMConfig, images: Images | None, rows: int) -> list[np
 
 
 def _read_places(
-    config: VLMConfig,
+    config: VLMConfig | UnifiedConfig,
     rows: list[np.ndarray],
     pictures: list[np.ndarray],
     place: Tokens | None,
     mask: Array | np.ndarray | None,
 ) -> list[np.ndarray]:
     """Which visual token stands at each token of each row."""
-    made = [len(row) // config.frames * config.image_tokens for row in pictures]
     if place is None:
-        places = [_places_of(row == config.image_token) for row in rows]
+        made = [len(row) // config.frames * config.image_tokens for row in pictures]
+        places = [_places_of(config, row == config.image_token) for row in rows]
         for index, row in enumerate(places):
             count = int(np.sum(row != TEXT))
             if count != made[index]:
@@ -113,6 +119,7 @@ def _read_places(
     places = read_rows(place, mask, "place")
     if [row.size for row in places] != [row.size for row in rows]:
         raise ValueError("place must have an entry for each token, and no others.")
+    made = [len(row) // config.frames * config.places for row in pictures]
     for index, row in enumerate(places):
         count = int(row.max(initial=TEXT)) + 1
         if count > made[index] or (np.any(row != TEXT) and not made[index]):
@@ -134,8 +141,10 @@ def _disagreement(index: int, count: int, pictures: list[np.ndarray], made: list
     )
 
 
-def _places_of(here: np.ndarray) -> np.ndarray:
-    return np.where(here, np.cumsum(here) - 1, TEXT)
+def _places_of(config: VLMConfig | UnifiedConfig, here: np.ndarray) -> np.ndarray:
+    """The first `image_tokens` places of each image, one image after the other."""
+    image, slot = np.divmod(np.cumsum(here) - 1, config.image_tokens)
+    return np.where(here, image * config.places + slot, TEXT)
 
 
 def _stack(pictures: list[np.ndarray], frames: int) -> np.ndarray:
