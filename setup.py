@@ -70,6 +70,7 @@ setup(
             "ruff",
             "webdataset",
             "scipy",
+            "scikit-image",
             "submitit",
             "gguf>=0.17",
             "faiss-cpu",

@@ -19,7 +19,8 @@ def two_towers(model: str, arg: str | None) -> ConfigDict:
     Args:
       model: "siglip" or "clip".
       arg: size (of both towers), res (pixels), patch, batch, steps, lr, drop (share of the patches
-        left out in training), chunked, dtype; weights and towers (see `configs.weights`).
+        left out in training), chunked, dtype; tinted (also icons in eight colours, for an encoder
+        that judges drawings); weights and towers (see `configs.weights`).
     """
     arg = parse_arg(
         arg,
@@ -32,6 +33,7 @@ def two_towers(model: str, arg: str | None) -> ConfigDict:
         drop=0.0,
         chunked=False,
         dtype="float32",
+        tinted=False,
         **weights.ARGUMENTS,
     )
     common = dict(activation="gelu_tanh", norm_eps=1e-6, dtype=arg.dtype)
@@ -74,6 +76,8 @@ def two_towers(model: str, arg: str | None) -> ConfigDict:
 
     train = data("train", (dict(name="icon_view"),))
     train["text"] |= dict(also="aliases", also_share=0.3)
+    if arg.tinted:
+        train["sources"].append(dict(name="tfds", dataset="tinted", split="all_glyphs", weight=0.5))
     every = max(arg.steps // 4, 1)
     return base_config(
         task=dict(name="contrastive", loss=loss, chunked=arg.chunked),

@@ -319,8 +319,10 @@ def open_eval(
       ValueError: as `open_train`; also where `augment` is not empty.
     """
     spec = parse(data_config)
-    if spec.image is not None and spec.image.augment:
-        raise ValueError("Evaluation data take no augmentation: set image.augment = [].")
+    if spec.image is not None and (spec.image.augment or any(spec.augment)):
+        raise ValueError(
+            "Evaluation data take no augmentation: set image.augment = [], and none of a source."
+        )
     settings = call_strictly("loading", LoadingSpec, plain(loading) if loading is not None else {})
     maker = _maker(spec, [open_source(source)[0] for source in spec.sources], tokenizer)
     sharding = {"process_index": process_index, "process_count": process_count}

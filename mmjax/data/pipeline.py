@@ -154,9 +154,8 @@ class Maker:
         if self.spec.text is not None:
             text = _draw_caption(record, self.spec, name, rng)
         if self.spec.image is not None:
-            self._make_image(
-                get_field(record, self.spec.image.field, name), made.arrays["image"][row], rng
-            )
+            data = get_field(record, self.spec.image.field, name)
+            self._make_image(data, made.arrays["image"][row], k, rng)
         if self.spec.label is not None:
             label = get_field(record, self.spec.label.field, name)
             if isinstance(label, str) or label != label // 1:
@@ -164,13 +163,16 @@ class Maker:
             made.arrays["label"][row] = label
         return text
 
-    def _make_image(self, data: Any, out: np.ndarray, rng: np.random.Generator | None) -> None:
+    def _make_image(
+        self, data: Any, out: np.ndarray, k: int, rng: np.random.Generator | None
+    ) -> None:
         spec = self.spec.image
+        augmentations = (*spec.augment, *self.spec.augment[k])
         image = open_image(read_image(data))
-        if not (spec.augment and spec.augment[0].draws_unloaded):
+        if not (augmentations and augmentations[0].draws_unloaded):
             image = check_loaded(image)
         if rng is not None:
-            for augmentation in spec.augment:
+            for augmentation in augmentations:
                 image = augmentation(image, rng, spec.size)
         preset = PRESETS[spec.preset]
         normalize_into(fit(image, preset, spec.size), preset, out)

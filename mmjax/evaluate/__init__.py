@@ -2,10 +2,13 @@
 
 from mmjax.evaluate import (  # noqa: F401
     captioning,
+    choices,
     classification,
+    drawing,
     likelihood,
     loss,
     probes,
+    reconstruction,
     retrieval,
     vqa,
     zero_shot,

@@ -120,7 +120,8 @@ def _lines(card: Card) -> list[tuple[str, dict[str, Any]]]:
 
     if card.question.group:
         add(card.question.group, fontsize=8, color=GREY)
-    add(_shortened(card.question.text), weight="bold")
+    if card.question.text:
+        add(_shortened(card.question.text), weight="bold")
     for number, (who, said) in enumerate(card.said.items()):
         if said is not None:
             colour, mark = _VERDICTS[card.right.get(who)]

@@ -8,6 +8,7 @@ is `evaluate.py` of github.com/RUCAIBox/POPE.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 
 # Three of the others must say the same for full marks.
@@ -75,6 +76,16 @@ def vqa_accuracy(answer: str, right: Sequence[str]) -> float:
 def exact_match(answer: str, right: Sequence[str]) -> bool:
     """Whether it is one of the right answers, but for case and the spaces around it."""
     return answer.strip().lower() in {other.strip().lower() for other in right}
+
+
+def same_words(answer: str, right: Sequence[str]) -> bool:
+    """Whether it is one of the right answers, but for case and all spaces: a tokenizer that splits
+    words at punctuation does not tell where they were."""
+    return _packed(answer) in {_packed(other) for other in right}
+
+
+def _packed(text: str) -> str:
+    return "".join(unicodedata.normalize("NFKC", text).lower().split())
 
 
 def says_yes(answer: str) -> bool:

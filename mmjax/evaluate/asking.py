@@ -18,9 +18,19 @@ from mmjax.evaluate.base import Evaluator
 from mmjax.evaluate.context import EvalContext
 from mmjax.evaluate.controls import CONTROLS, image_names
 from mmjax.evaluate.shots import CHOICES, few_shot
-from mmjax.evaluate.summary import BLIND, MACRO, MAJORITY, MODEL, Scoring, summarise, table
-from mmjax.generation import Generator
+from mmjax.evaluate.summary import (
+    BLIND,
+    CHANCE,
+    MACRO,
+    MAJORITY,
+    MODEL,
+    Scoring,
+    summarise,
+    table,
+)
+from mmjax.generation import Generator, text_only
 from mmjax.generation.prompts import bucket
+from mmjax.models.unified import Unified
 from mmjax.params import Params, merge
 from mmjax.sharding import batch_shards
 
@@ -80,6 +90,7 @@ class QuestionEvaluator(Evaluator):
     note: str = ""
 
     scoring: ClassVar[Scoring]
+    draws: ClassVar[bool] = False  # whether images are asked for, not words
 
     def __post_init__(self):
         for name in self.controls:
@@ -97,10 +108,10 @@ class QuestionEvaluator(Evaluator):
                 f"make batch_size a multiple of {shards}."
             )
 
-    @staticmethod
-    def check_data(data: Mapping[str, Any], context: EvalContext) -> None:
+    @classmethod
+    def check_data(cls, data: Mapping[str, Any], context: EvalContext) -> None:
         """Reads one question: a mistake in the data config is told before training."""
-        next(iter(context.open_questions(data, context.tokenizer, limit=1)), None)
+        first_question(data, context, cls.draws)
 
     @abc.abstractmethod
     def respond(self, params: Params, questions: Sequence[Question]) -> list[Response]:
@@ -109,6 +120,14 @@ class QuestionEvaluator(Evaluator):
     @abc.abstractmethod
     def count(self, questions: Sequence[Question], responses: Sequence[Response]) -> np.ndarray:
         """[N, S], of each response what `scoring` makes scores of."""
+
+    def complete(self, questions: Sequence[Question]) -> Sequence[Question]:
+        """The questions with what all of them together give each.
+
+        Raises:
+          ValueError: if they are too few for that.
+        """
+        return questions
 
     def prepare(self, questions: Sequence[Question]) -> None:
         """Sees all questions before any is asked.
@@ -147,13 +166,15 @@ class QuestionEvaluator(Evaluator):
                 f"There are no questions to ask: {dict(self.data)}. Check its sources and splits, "
                 "or leave this evaluation out of config.evals."
             )
+        check_drawn(questions, self.draws)
         groups = [question.group for question in questions]
-        reserved = sorted({MACRO, MAJORITY, *CONTROLS} & set(groups))
+        reserved = sorted({MACRO, MAJORITY, CHANCE, *CONTROLS} & set(groups))
         if reserved:
             raise ValueError(
                 f"Groups of questions are called {reserved}, as are parts of the scores' names: "
                 "rename them."
             )
+        questions = self.complete(questions)
         self.prepare(questions)
         _, clusters = distinct(image_names(questions))
         if self.shots:
@@ -171,7 +192,7 @@ class QuestionEvaluator(Evaluator):
 
     def describe(self, scores: Mapping[str, float]) -> str:
         """A table of the groups: the model, the controls, the baseline."""
-        lines = table(self.scoring, scores, (*self.controls, MAJORITY))
+        lines = table(self.scoring, scores, (*self.controls, MAJORITY, CHANCE))
         return "\n".join(filter(None, (self.title, lines, self.note)))
 
     def _responses(
@@ -263,7 +284,10 @@ class GeneratingEvaluator(QuestionEvaluator):
     def respond(self, params: Params, questions: Sequence[Question]) -> list[str]:
         context = self.context
         # As they lie: nothing is moved, and models of one structure share compiled programs.
-        generator = Generator(merge(context.graphdef, params), mesh=context.mesh, rules=None)
+        model = merge(context.graphdef, params)
+        generator = Generator(model, mesh=context.mesh, rules=None)
+        # Of a model that may write either, words are wanted.
+        suppress = text_only(model.config) if isinstance(model, Unified) else None
         ends = {context.tokenizer.eos_id}
         ends |= {int(q.answer_ids[-1]) for q in questions if q.answer_ids is not None}
         # What is asked twice is answered once: without images many questions are the same.
@@ -275,11 +299,29 @@ class GeneratingEvaluator(QuestionEvaluator):
                 [question.ids for question in asked],
                 **sight(asked),
                 max_new_tokens=self.max_new_tokens,
+                suppress=suppress,
                 eos_id=sorted(ends - {None}),
             )
             for row, ids, length in zip(rows, generated.tokens, generated.lengths, strict=True):
                 texts[row] = context.tokenizer.decode(ids[:length].tolist())
         return [texts[row] for row in which]
+
+
+def first_question(data: Mapping[str, Any], context: EvalContext, draws: bool) -> None:
+    """Reads one question; raises ValueError on a mistake in the data config."""
+    check_drawn([*context.open_questions(data, context.tokenizer, limit=1)], draws)
+
+
+def check_drawn(questions: Sequence[Question], draws: bool) -> None:
+    """Raises ValueError if images are asked for where words are wanted, or the other way round."""
+    for question in questions:
+        if question.drawn != draws:
+            wanted, asked = ("an image", "words") if draws else ("words", "an image")
+            forms = "is that of the form 'drawing'" if draws else "is not of the form 'drawing'"
+            raise ValueError(
+                f"The evaluator wants {wanted}, but {question.id} asks for {asked}: give data that "
+                f"{forms}."
+            )
 
 
 def sight(questions: Sequence[Question]) -> dict[str, list[np.ndarray]]:

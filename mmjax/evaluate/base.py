@@ -20,8 +20,8 @@ class Evaluator(abc.ABC):
     training and nothing is compiled twice.
     """
 
-    @staticmethod
-    def check_data(data: Mapping[str, Any], context: EvalContext) -> None:
+    @classmethod
+    def check_data(cls, data: Mapping[str, Any], context: EvalContext) -> None:
         """Opens a data config, so that a mistake in it is told before training."""
         context.open(data)
 

@@ -17,7 +17,7 @@ from mmjax.evaluate.summary import Scoring, means
 from mmjax.search import open_embedder
 
 # Of the paper: cosines of CLIP are small.
-_WEIGHT = 2.5
+CLIP_WEIGHT = 2.5
 
 
 @EVALUATORS.register("captioning")
@@ -98,7 +98,7 @@ class CLIPScore(GeneratingEvaluator):
         for question, caption in zip(questions, captions, strict=True):
             references = rest[start : start + len(question.answers)]
             start += len(references)
-            seen = _WEIGHT * max(float(self._pictures[question.picture] @ caption), 0.0)
+            seen = CLIP_WEIGHT * max(float(self._pictures[question.picture] @ caption), 0.0)
             told = max(float((references @ caption).max()), 0.0)
             rows.append((seen, 2 * seen * told / (seen + told) if seen and told else 0.0))
         return np.array(rows)

@@ -25,6 +25,8 @@ from jax.sharding import Mesh
 
 from mmjax import convert
 from mmjax.data.conversations import MARKER, Conversation, Turn
+from mmjax.data.image import PRESETS
+from mmjax.data.image_options import ImageOptions
 from mmjax.data.processor import check_vocabulary, load_processor
 from mmjax.data.run_tokenizer import build_tokenizer
 from mmjax.data.spec import parse
@@ -56,6 +58,13 @@ class Prompt(NamedTuple):
     images: np.ndarray | Sequence[Any] = ()
 
 
+class Levels(NamedTuple):
+    """See `Speech.levels`."""
+
+    mean: Sequence[float]
+    std: Sequence[float]
+
+
 class Speech(Protocol):
     """How a model is spoken to.
 
@@ -63,11 +72,14 @@ class Speech(Protocol):
       ends: tokens that end what the model says.
       chats: whether there is a form for conversations; without one the model continues texts.
       lead: what stands between images and the words about them, where those do not say it.
+      levels: mean and standard deviation of each channel, on levels scaled to [0, 1], by which
+        images are normalised; None where there are none.
     """
 
     ends: Sequence[int]
     chats: bool
     lead: str
+    levels: Levels | None
 
     def prompt(self, conversation: Conversation) -> Prompt:
         """Of a conversation that ends with the user's turn, up to where the answer begins.
@@ -247,6 +259,7 @@ class _HFSpeech:
     """What is common to directories of Hugging Face format."""
 
     lead = ""
+    levels = None
 
     def __init__(self, tokenizer: Any, template: Any, ends: Sequence[int]):
         self._tokenizer, self.chats, self.ends = tokenizer, template is not None, ends
@@ -326,6 +339,7 @@ class ProcessorSpeech(_HFSpeech):
     def __init__(self, processor: VLMProcessor, ends: Sequence[int]):
         super().__init__(processor.tokenizer, processor.chat_template, ends)
         self._processor = processor
+        self.levels = _levels(processor.sight.images.options)
 
     def text(self, text: str, images: Sequence[Any]) -> Prompt:
         if images:
@@ -372,6 +386,10 @@ class RunSpeech:
             raise ValueError("The run was not trained on conversations: it writes no text.")
         said = spec.conversation
         self._sees = said.layout is not None
+        self.levels = None
+        if self._sees:
+            preset = PRESETS[train["conversation"]["layout"]["preset"]]
+            self.levels = Levels(preset.mean, preset.std)
         if said.seq2seq is not None:
             said = dataclasses.replace(
                 said, seq2seq=dataclasses.replace(said.seq2seq, max_len=_NO_LIMIT)
@@ -419,6 +437,15 @@ class RunSpeech:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids)
+
+
+def _levels(options: ImageOptions) -> Levels:
+    # Levels from 0 to 255 are scaled by a factor that need not be 1 / 255.
+    most = 255 * (options.rescale_factor if options.do_rescale else 1.0)
+    mean, std = (0.0,) * 3, (1.0,) * 3
+    if options.do_normalize:
+        mean, std = options.image_mean, options.image_std
+    return Levels([x / most for x in mean], [x / most for x in std])
 
 
 def _without_images(ids: Sequence[int]) -> Prompt:

@@ -25,6 +25,7 @@ from mmjax.evaluate.controls import image_names
 from mmjax.evaluate.summary import Scoring, means
 from mmjax.generation.prompts import Prompts, align, bucket, check_rows, left_pad
 from mmjax.generation.sight import read_prompts
+from mmjax.models.unified import Unified
 from mmjax.models.vlm import TEXT
 from mmjax.params import Params, merge
 from mmjax.sharding import batch_sharding, place_like_sharding
@@ -45,7 +46,8 @@ class Likelihood(NamedTuple):
 def answer_log_probs(model: nnx.Module, batch: Mapping[str, jax.Array]) -> jax.Array:
     """The log probability of each token of the answers, [B, U] float32, 0 at padding.
 
-    One pass over prompts and answers together; logits are computed of answers only.
+    One pass over prompts and answers together; logits are computed of answers only. Those of
+    unified models are among the tokens that can follow (see `UnifiedConfig.follow`).
 
     Args:
       batch: `tokens` [B, T], padded on the left, `valid` [B, T], `images` and `place` where there
@@ -53,6 +55,7 @@ def answer_log_probs(model: nnx.Module, batch: Mapping[str, jax.Array]) -> jax.A
     """
     tokens, valid, answer, said = (batch[name] for name in ("tokens", "valid", "answer", "said"))
     seen = {name: batch[name] for name in ("images", "place") if name in batch}
+    follows = ()
     if model.encoder_decoder:
         start = jnp.full_like(answer[:, :1], model.config.decoder_start_id)
         hidden = model.run(
@@ -66,13 +69,17 @@ def answer_log_probs(model: nnx.Module, batch: Mapping[str, jax.Array]) -> jax.A
         room = ((0, 0), (0, answer.shape[1]))
         if "place" in seen:
             seen["place"] = jnp.pad(seen["place"], room, constant_values=TEXT)
-        if model.takes_images and model.config.attention == "prefix":
+        unified = isinstance(model, Unified)
+        if model.takes_images and not unified and model.config.attention == "prefix":
             seen["prefix"] = jnp.pad(valid, room)
         stream = jnp.concatenate([tokens, answer], axis=1)
         out = model.run(stream, mask=jnp.concatenate([valid, said], axis=1), **seen)
         # The last token of the prompt predicts the first one of the answer.
-        hidden = out.hidden[:, tokens.shape[1] - 1 : -1]
-    log_p = jax.nn.log_softmax(model.logits(hidden).astype(jnp.float32), axis=-1)
+        before = slice(tokens.shape[1] - 1, -1)
+        hidden = out.hidden[:, before]
+        if unified:
+            follows = (out.follows[:, before],)
+    log_p = jax.nn.log_softmax(model.logits(hidden, *follows).astype(jnp.float32), axis=-1)
     index = jnp.where(answer < 0, log_p.shape[-1], answer)[:, :, None]
     # A token beyond the vocabulary is NaN: under `jit` the only way to be noticed.
     return jnp.where(said, jnp.take_along_axis(log_p, index, axis=-1, mode="fill")[:, :, 0], 0.0)

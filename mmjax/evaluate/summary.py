@@ -12,7 +12,7 @@ import numpy as np
 
 from mmjax.evaluate.intervals import percentiles, resampled, wilson
 
-MODEL, BLIND, MAJORITY, MACRO = "model", "blind", "majority", "macro"
+MODEL, BLIND, MAJORITY, MACRO, CHANCE = "model", "blind", "majority", "macro", "chance"
 
 # Sums [..., S] of counts, and of how many questions [...]: scores by name, [...] each.
 Scores = Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]

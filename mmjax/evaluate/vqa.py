@@ -1,4 +1,4 @@
-"""Short answers to questions about images: VQA accuracy, and POPE's questions about presence."""
+"""Short answers to questions about images: VQA accuracy, names, POPE's questions about presence."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from mmjax.data.questions import Question
-from mmjax.evaluate.answers import exact_match, says_yes, vqa_accuracy
+from mmjax.evaluate.answers import exact_match, same_words, says_yes, vqa_accuracy
 from mmjax.evaluate.asking import GeneratingEvaluator
 from mmjax.evaluate.base import EVALUATORS
 from mmjax.evaluate.summary import Scoring, means
@@ -29,6 +29,28 @@ class VQA(GeneratingEvaluator):
         return np.array(
             [
                 (vqa_accuracy(said, question.answers), exact_match(said, question.answers))
+                for question, said in zip(questions, responses, strict=True)
+            ]
+        )
+
+    def constant(self, question: Question, counts: Mapping[str, int]) -> str:
+        return max(counts, key=counts.__getitem__)
+
+
+@EVALUATORS.register("naming")
+@dataclasses.dataclass(kw_only=True, eq=False)
+class Naming(GeneratingEvaluator):
+    """`accuracy`: how often the caption is a name that the image has, letter for letter; see
+    `same_words`. The right answers of a question are all of its names. Fields: see
+    `GeneratingEvaluator`.
+    """
+
+    scoring = Scoring(means("accuracy"), main="accuracy", shares=("accuracy",))
+
+    def count(self, questions: Sequence[Question], responses: Sequence[str]) -> np.ndarray:
+        return np.array(
+            [
+                [same_words(said, question.answers)]
                 for question, said in zip(questions, responses, strict=True)
             ]
         )

@@ -230,7 +230,7 @@ class Block(nnx.Module):
         self,
         x: Array,
         attend: Callable[[Array], tuple[Array, KV | None]],
-        expert: Array | None,
+        expert: Array | None = None,
         drop_rate: Array | None = None,
         rng: Key | None = None,
     ) -> tuple[Array, KV | None]:
