@@ -64,7 +64,8 @@ def main(argv: Sequence[str] | None) -> int:
         return 0
     options, key = _options(args), jax.random.key(args.seed)
     if isinstance(speaker.model.config, UnifiedConfig):
-        options["suppress"] = text_only(speaker.model.config)
+        # Words, and some: a stream may end where an image does.
+        options |= {"suppress": text_only(speaker.model.config), "min_new_tokens": 1}
     if args.interactive:
 
         def turn(number: int) -> dict[str, Any]:

@@ -189,12 +189,15 @@ def parameter_shardings(
 
     Args:
       params: arrays or shapes by path.
-      table: rows of (pattern, strategy).
+      table: rows of (pattern, strategy). Of `DEFAULT_RULES`, which are for every model, rows may
+        match nothing: a tokenizer of convolutions alone has none of their layers.
       mesh: the mesh.
 
     Raises:
       RuleError, MeshError: if table, parameters and mesh do not fit.
     """
+    if tuple(map(tuple, table)) == DEFAULT_RULES:
+        table = [row for row in table if any(re.fullmatch(row[0], path) for path in params)]
     strategies = rules.match(table, params, name="rules.sharding")
     return {
         path: NamedSharding(mesh, parameter_spec(path, leaf.shape, strategies[path], mesh))

@@ -1,7 +1,8 @@
 """A unified model on OpenMoji: names of pictures and pictures of names, by one transformer.
 
 python -m experiments.train --config configs/vq/openmoji.py --workdir runs/vq
-python -m experiments.train --config configs/siglip/openmoji.py:tinted --workdir runs/judge
+python -m experiments.train --config configs/siglip/openmoji.py:tinted,res=64,patch=16,steps=900 \\
+    --workdir runs/judge
 python -m experiments.train --config configs/unified/openmoji.py --workdir runs/unified
 
 The stream is text and the codes of the image tokenizer of the first run; the second one's encoder
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 from configs.vq import openmoji as vq
 from mmjax.config import parse_arg
 from mmjax.evaluate.sheets import ICONS_NOTE
+from mmjax.models.sizes import vit_size
 from mmjax.train.experiment import base_config
 
 # Of text; <image>, </image> and <code> are its tokens 4 to 6.
@@ -28,8 +30,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     Args:
       arg: tokenizer, the run whose image tokenizer is taken; quantizer, codes, of that run; judge,
         the run of an encoder; steps, batch (rows), length (tokens of a row), lr; width, depth,
-        heads; drop (dropout), apart, experts, positions (options of `UnifiedConfig`); eval (texts
-        and pictures of each evaluation).
+        heads; drop (dropout), apart, experts, positions (options of `UnifiedConfig`); decoupled
+        (images that are named go through an encoder, as in Janus); eval (texts and pictures of each
+        evaluation).
     """
     arg = parse_arg(
         arg,
@@ -37,7 +40,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         judge="runs/judge",
         quantizer="ema",
         codes=512,
-        steps=1500,
+        steps=2000,
         batch=16,
         length=152,
         lr=3e-3,
@@ -48,6 +51,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         apart=False,
         experts=False,
         positions=True,
+        decoupled=False,
         eval=100,
     )
     tokenizer = vq.get_config(f"quantizer={arg.quantizer},codes={arg.codes}").model.tokenizer
@@ -77,6 +81,19 @@ def get_config(arg: str | None = None) -> ConfigDict:
         grid_positions=arg.positions,
     )
     codes = (side // 8) ** 2
+    layout = dict(name="codes", tokens=codes)
+    if arg.decoupled:
+        encoder = dict(
+            image_size=side,
+            **vit_size("Xs/8"),
+            activation="gelu_tanh",
+            norm_eps=1e-6,
+            pooling="none",
+            position="sincos2d",
+        )
+        model |= dict(name="janus", encoder=encoder, connector=dict(name="mlp"))
+        layout = dict(name="decoupled", read=codes, codes=codes)
+    layout |= dict(preset="siglip", size=side, begin=SPECIAL[0], end=SPECIAL[1])
 
     def source(dataset: str, split: str, form: dict, weight: float = 1.0, augment=()) -> dict:
         found = dict(name="tfds", dataset=dataset, split=split, form=form, weight=weight)
@@ -87,14 +104,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             template="stream",
             max_len=arg.length,
             images=2,
-            layout=dict(
-                name="codes",
-                preset="siglip",
-                size=side,
-                tokens=codes,
-                begin=SPECIAL[0],
-                end=SPECIAL[1],
-            ),
+            layout=layout,
             image_token=CODE,
         )
         return dict(sources=list(sources), conversation=conversation | options)
@@ -105,8 +115,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     keep = dict(tint=0.0, brightness=0.0)
     draw, name = dict(name="drawing", alone=0.1), dict(name="caption", prompts=("",))
     train = data(
-        source("openmoji", "train", draw, 2.0, (upright | dict(tint=0.03, brightness=0.03),)),
-        source("openmoji", "train", name, 1.0, (dict(name="icon_view"),)),
+        source("openmoji", "train", draw, 1.5, (upright | dict(tint=0.03, brightness=0.03),)),
+        source("openmoji", "train", name, 1.5, (dict(name="icon_view"),)),
         source("tinted", "train", draw, 1.0, (upright | keep,)),
         source("tinted", "train", name, 0.5, (dict(name="icon_view") | keep,)),
         pack=True,

@@ -115,7 +115,7 @@ class AnyRes:
 
     frames = 1
     newlines = True
-    drawn = False
+    drawn = None
 
     def __init__(self, preset: str, size: int, tokens: int, pinpoints: Sequence[Sequence[int]]):
         self._preset, self.size, self.tokens = PRESETS[preset], size, tokens

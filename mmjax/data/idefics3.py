@@ -110,7 +110,7 @@ class Idefics3:
 
     frames = 1
     newlines = False
-    drawn = False
+    drawn = None
 
     def __init__(self, preset: str, size: int, tokens: int, longest: int, split: bool = True):
         check_longest(longest)

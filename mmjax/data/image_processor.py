@@ -231,6 +231,18 @@ RECIPES.register("BlipImageProcessor")(
 RECIPES.register("IdeficsImageProcessor")(
     Recipe(_SQUASHED, _whole_images, ALL_OPTIONS - PATCH_OPTIONS)
 )
+RECIPES.register("ChameleonImageProcessor")(
+    Recipe(
+        _CROPPED
+        | {
+            **{"size": {"shortest_edge": 512}, "crop_size": {"height": 512, "width": 512}},
+            **{"resample": Image.Resampling.LANCZOS, "rescale_factor": 0.0078},
+            **{"image_mean": (1.0,) * 3, "image_std": (1.0,) * 3},
+        },
+        _whole_images,
+        ALL_OPTIONS - PATCH_OPTIONS,
+    )
+)
 RECIPES.register("Siglip2ImageProcessor")(
     Recipe(
         {"patch_size": 16, "max_num_patches": 256} | _HALF, _patch_lists, ALL_OPTIONS - SIZE_OPTIONS

@@ -97,7 +97,7 @@ class Tiled:
     """
 
     newlines = False
-    drawn = False
+    drawn = None
 
     def __init__(self, preset: str, size: int, tiles: int = 4):
         self._preset, self.size, self.frames = PRESETS[preset], size, tiles

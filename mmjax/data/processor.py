@@ -45,6 +45,8 @@ _CLASS_OF_MODEL = {
     "paligemma": "SiglipImageProcessor",
     "idefics": "IdeficsImageProcessor",
     "mllama": "MllamaImageProcessor",
+    "chameleon": "ChameleonImageProcessor",
+    "emu3": "Emu3ImageProcessor",
 }
 # Text towers that learnt at one length, padding included (SigLIP attends to it; CLIP's were always
 # that long): their text is padded to the whole length.
@@ -262,6 +264,8 @@ def load_processor(directory: str | os.PathLike) -> Processor:
     - A text that is too long is an error unless `truncation=True`, for SigLIP 2 as well.
     - Text of SigLIP models is lower-cased even where their tokenizer forgets to (the
       fixed-resolution SigLIP 2 checkpoints).
+    - Emu3Processor puts the begin token before texts even with add_special_tokens=False; here it
+      does not.
     - IdeficsProcessor lets what follows an end token see no image before the next one; here it sees
       the last one.
 

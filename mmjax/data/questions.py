@@ -158,7 +158,7 @@ class Questions:
                 seen if isinstance(seen, bytes) else None,
             )
         layout = maker.spec.conversation.layout
-        if asked.drawn and not layout.drawn:
+        if asked.drawn and layout.drawn is None:
             raise ValueError(
                 "Images that are answers need a layout whose images are learnt as text is: 'codes'."
             )

@@ -256,7 +256,8 @@ class ConversationMaker:
                 length += len(parts[-1][0])
                 continue
             plan = self._plan(conversation.images[piece.part])
-            learnt = piece.learnt and self._said.layout.drawn
+            learnt = piece.learnt and self._said.layout.drawn is not None
+            plan = self._said.layout.drawn if learnt else plan
             for some in plan.pieces:
                 if isinstance(some, str):
                     ids = self._chat.markers(some)

@@ -1,7 +1,7 @@
 """OpenMoji icons in colours that they do not have: "a green cat", for held-out compositions.
 
-64 icons times eight colours. Of each icon one colour is held out, each colour as often: every word of
-a held-out name was seen, and its picture can be put together from what was seen ("red car" and
+64 icons times eight colours. Of each icon one colour is held out, each colour as often: every word
+of a held-out name was seen, and its picture can be put together from what was seen ("red car" and
 "green cat" seen, "green car" not). The drawings are those of `mmjax.data.openmoji`, of its seen
 concepts: art CC-BY-SA-4.0. `tfds.builder("tinted")` prepares it in a few seconds.
 

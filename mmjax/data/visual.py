@@ -46,14 +46,15 @@ class Layout(Protocol):
       frames: pictures that the connector reads together; 1 for most.
       tokens: places for such a clip, or picture, in the text: `VLMConfig.image_tokens`.
       newlines: whether `NEWLINE` is among the places: for `VLMConfig.newline`.
-      drawn: whether what stands for an image can be learnt as text is: for codes, not for vectors.
+      drawn: what stands for an image that is an answer, where that can be learnt as text is: codes,
+        not vectors. None: as `plan`, and nothing of it is learnt.
     """
 
     size: int
     frames: int
     tokens: int
     newlines: bool
-    drawn: bool
+    drawn: Plan | None
 
     def plan(self, width: int, height: int) -> Plan:
         """For an upright image of this many pixels."""
@@ -82,7 +83,7 @@ class Whole:
 
     frames = 1
     newlines = False
-    drawn = False
+    drawn = None
 
     def __init__(self, preset: str, size: int, tokens: int):
         self._preset, self.size, self.tokens = PRESETS[preset], size, tokens
@@ -103,16 +104,34 @@ class Codes(Whole):
 
     Args:
       preset, size: see `Whole`.
-      tokens: ids of an image, ends of rows included: `UnifiedConfig.image_tokens`.
+      tokens: ids of an image, ends of rows included: `UnifiedConfig.places`.
       begin, end: the special tokens around them; `end` "" for none.
     """
-
-    drawn = True
 
     def __init__(self, preset: str, size: int, tokens: int, begin: str, end: str):
         super().__init__(preset, size, tokens)
         self.begin, self.end = begin, end
-        self._plan = Plan(1, (begin, *self._plan.pieces, *([end] if end else [])))
+        self._plan = self.drawn = self._within(np.arange(tokens, dtype=np.int32))
+
+    def _within(self, places: np.ndarray) -> Plan:
+        return Plan(1, (self.begin, places, *([self.end] if self.end else [])))
+
+
+@LAYOUTS.register("decoupled")
+class Decoupled(Codes):
+    """An image that is read is visual tokens of an encoder, one that is drawn is codes
+    (`JanusConfig`).
+
+    Args:
+      preset, size, begin, end: see `Codes`.
+      read: visual tokens of an image: `JanusConfig.image_tokens`.
+      codes: ids of one.
+    """
+
+    def __init__(self, preset: str, size: int, read: int, codes: int, begin: str, end: str):
+        super().__init__(preset, size, read + codes, begin, end)
+        places = np.arange(self.tokens, dtype=np.int32)
+        self._plan, self.drawn = self._within(places[:read]), self._within(places[read:])
 
 
 @LAYOUTS.register("tiles")
@@ -133,7 +152,7 @@ class Tiles:
 
     frames = 1
     newlines = False
-    drawn = False
+    drawn = None
 
     def __init__(
         self,
@@ -198,7 +217,7 @@ class Board:
     """
 
     newlines = False
-    drawn = False
+    drawn = None
 
     def __init__(self, preset: str, size: int, tokens: int, rows: int, columns: int):
         if rows < 1 or columns < 1:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from mmjax.data import anyres, idefics3, mllama
+from mmjax.data import anyres, emu3, idefics3, janus, mllama
 from mmjax.data.image import PRESETS
 from mmjax.data.image_options import ProcessorConfigError
 from mmjax.data.image_processor import ImageInput, ImageProcessor
@@ -58,8 +58,8 @@ class Sight:
 
     Attributes:
       images: makes the pixels of each picture.
-      size: (height, width) of all pictures.
-      tokens: places of a picture in texts: `VLMConfig.image_tokens`.
+      size: (height, width) of all pictures; None: they differ, see `grid`.
+      tokens: places of a picture in texts: `VLMConfig.image_tokens`; None: see `grid`.
       plan: (width, height) of an image -> its `Plan`.
       views: image -> what `images` makes pictures of: the image itself, or its tiles.
       token: stands for an image in a text and, once it is laid out, at each visual place.
@@ -70,11 +70,14 @@ class Sight:
       side: where padding goes; None: as the tokenizer has it.
       frames: pictures that the model reads together, as `tokens`; where an image has fewer, some of
         zeros follow.
+      begin: what is before each text, where special tokens are added.
+      grid: of pictures that differ in size. In a batch they are padded to the largest, at the right
+        and at the bottom, and places are those of the padded ones.
     """
 
     images: ImageProcessor
-    size: tuple[int, int]
-    tokens: int
+    size: tuple[int, int] | None
+    tokens: int | None
     plan: Callable[[int, int], Plan]
     views: Callable[[Image.Image], list[Image.Image]] = lambda image: [image]
     token: str = "<image>"
@@ -84,6 +87,8 @@ class Sight:
     special_tokens: bool = True
     side: str | None = "left"
     frames: int = 1
+    begin: str = ""
+    grid: emu3.Grid | None = None
 
 
 PROCESSORS: Registry[Callable[[Facts], Sight]] = Registry("processor")
@@ -97,6 +102,9 @@ CLASS_OF_MODEL = {
     "mllama": "MllamaProcessor",
     "blip-2": "Blip2Processor",
     "idefics": "IdeficsProcessor",
+    "chameleon": "ChameleonProcessor",
+    "emu3": "Emu3Processor",
+    "janus": "JanusProcessor",
 }
 
 
@@ -173,8 +181,9 @@ class VLMProcessor(Processor):
         plans = [[plan for plan, _ in row] for row in seen]
         batch: dict[str, Any] = {}
         if texts is not None:
+            begin = self.sight.begin if add_special_tokens else ""
             batch["tokens"], batch["mask"] = self._encode(
-                [self._laid_out(*row) for row in zip(texts, plans, strict=True)],
+                [begin + self._laid_out(*row) for row in zip(texts, plans, strict=True)],
                 self._padding if padding is None else padding,
                 self.max_length if max_length is None else max_length,
                 truncation,
@@ -184,7 +193,7 @@ class VLMProcessor(Processor):
         if any(groups):
             batch["images"] = self._stacked([[pixels for _, pixels in row] for row in seen])
             if texts is not None:
-                batch["place"] = self._places(batch["tokens"], plans)
+                batch["place"] = self._places(batch["tokens"], seen, batch["images"].shape[2:4])
         return batch
 
     @property
@@ -273,8 +282,9 @@ class VLMProcessor(Processor):
         missing = -len(pixels) % self.sight.frames
         if missing:
             pixels = np.pad(pixels, ((0, missing), (0, 0), (0, 0), (0, 0)))
-        if pixels.shape[:3] != (plan.pictures, *self.sight.size):
-            height, width = self.sight.size
+        grid, size = self.sight.grid, self.sight.size
+        height, width = size if grid is None else grid.fitted(*rgb.size)
+        if pixels.shape[:3] != (plan.pictures, height, width):
             raise ProcessorConfigError(
                 f"An image became {len(pixels)} picture(s) of {pixels.shape[1:3]} pixels, not "
                 f"{plan.pictures} of {height} x {width}, for which there are places: leave out "
@@ -292,14 +302,23 @@ class VLMProcessor(Processor):
             result.append(rest)
         return "".join(result)
 
-    def _places(self, tokens: np.ndarray, plans: Sequence[Sequence[Plan]]) -> np.ndarray:
-        result = np.full(tokens.shape, TEXT, np.int32)
-        for row, ids, mine in zip(result, tokens, plans, strict=True):
+    def _places(
+        self,
+        tokens: np.ndarray,
+        seen: Sequence[Sequence[tuple[Plan, np.ndarray]]],
+        size: tuple[int, int],
+    ) -> np.ndarray:
+        """`place` of a batch whose pictures are of this (height, width)."""
+        result, grid = np.full(tokens.shape, TEXT, np.int32), self.sight.grid
+        per_clip = self.sight.tokens if grid is None else grid.tokens(size)
+        for row, ids, mine in zip(result, tokens, seen, strict=True):
             places, before = [np.empty(0, np.int32)], 0
-            for plan in mine:
+            for plan, pixels in mine:
                 arrays = [piece for piece in plan.pieces if not isinstance(piece, str)]
+                if grid is not None:
+                    arrays = [grid.padded(a, pixels.shape[1:3], size) for a in arrays]
                 places += [np.where(a < 0, a, a + before) for a in arrays]
-                before += plan.pictures // self.sight.frames * self.sight.tokens
+                before += plan.pictures // self.sight.frames * per_clip
             here, there = ids == self.token_id, np.concatenate(places)
             if here.sum() != there.size:
                 raise ValueError(
@@ -310,13 +329,16 @@ class VLMProcessor(Processor):
         return result
 
     def _stacked(self, rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
-        """[B, I, H, W, 3]."""
+        """[B, I, H, W, 3], H and W of the largest."""
         count = max(sum(map(len, row)) for row in rows)
-        result = np.zeros((len(rows), count, *self.sight.size, 3), np.float32)
+        height, width = np.max([pixels.shape[1:3] for row in rows for pixels in row], axis=0)
+        result = np.zeros((len(rows), count, height, width, 3), np.float32)
         for out, row in zip(result, rows, strict=True):
-            if row:
-                pixels = np.concatenate(row)
-                out[: len(pixels)] = pixels
+            start = 0
+            for pixels in row:
+                end = start + len(pixels)
+                out[start:end, : pixels.shape[1], : pixels.shape[2]] = pixels
+                start = end
         return result
 
     def _check_ids(self, tokens: np.ndarray) -> None:
@@ -378,10 +400,20 @@ def agreed(name: str, *values: Any) -> Any:
 
 
 def picture_side(images: ImageProcessor, model: PretrainedConfig | None) -> int:
+    """`square_side`, which is that of the model's `vision_config`.
+
+    Raises:
+      ProcessorConfigError: if it is not.
+    """
+    there = None if model is None else model.vision_config.image_size
+    return agreed("the size of pictures", square_side(images), there)
+
+
+def square_side(images: ImageProcessor) -> int:
     """Side of the square pictures that an image processor makes.
 
     Raises:
-      ProcessorConfigError: if they are no squares of one size, or another than the model's.
+      ProcessorConfigError: if they are no squares of one size.
     """
     options = images.options
     size = options.crop_size if options.do_center_crop else options.size
@@ -390,8 +422,7 @@ def picture_side(images: ImageProcessor, model: PretrainedConfig | None) -> int:
             f"{images.name}: pictures must all be squares of one size; set crop_size, or size, to "
             "that height and width."
         )
-    there = None if model is None else model.vision_config.image_size
-    return agreed("the size of pictures", size["height"], there)
+    return size["height"]
 
 
 def _extra_tokens(facts: Facts) -> int:
@@ -633,4 +664,89 @@ def _idefics(facts: Facts) -> Sight:
         prompt=prompt,
         special_tokens=False,
         id_field=None,
+    )
+
+
+@PROCESSORS.register("ChameleonProcessor")
+def _chameleon(facts: Facts) -> Sight:
+    images, named = ImageProcessor(facts.kind, facts.images), facts.tokenizer.special_tokens_map
+    side = there = None
+    if facts.model is not None:
+        vq = facts.model.vq_config
+        side, there = vq.resolution, (vq.resolution // 2 ** (len(vq.channel_multiplier) - 1)) ** 2
+    side = agreed("the size of pictures", square_side(images), side)
+    key = "image_seq_length"
+    tokens = agreed(key, facts.processor.get(key), there)
+    begin, end = named.get("boi_token", "<racm3:break>"), named.get("eoi_token", "<eoss>")
+    after = facts.tokenizer.sep_token or ""  # ends what a user says
+    return Sight(
+        images,
+        (side, side),
+        tokens,
+        lambda width, height: Plan(1, (begin, np.arange(tokens, dtype=np.int32), end)),
+        token=named.get("image_token", _token(facts)),
+        prompt=lambda text: text + after,
+    )
+
+
+@PROCESSORS.register("Emu3Processor")
+def _emu3(facts: Facts) -> Sight:
+    options, named = dict(facts.images), facts.tokenizer.special_tokens_map
+    options.pop("do_pad", None)  # pads images in a batch, as is always done here
+    options.pop("size", None)  # repeats min_pixels and max_pixels
+    grid = emu3.Grid(
+        options.pop("spatial_factor", 8),
+        options.pop("min_pixels", 512 * 512),
+        options.pop("max_pixels", 1024 * 1024),
+    )
+    if facts.model is not None:
+        levels = len(facts.model.vq_config.channel_multiplier)
+        agreed("spatial_factor", grid.factor, 2 ** (levels - 1))
+    if not options.pop("do_resize", True):
+        raise ProcessorConfigError("do_resize=False: images of Emu3 are always scaled.")
+    defaults = {"do_convert_rgb": True, "resample": Image.Resampling.BICUBIC}
+    defaults |= {"image_mean": PRESETS["clip"].mean, "image_std": PRESETS["clip"].std}
+    images = ImageProcessor("ViTImageProcessor", {**defaults, **options, "do_resize": False})
+    return Sight(
+        images,
+        None,
+        None,
+        lambda width, height: grid.lay_out(
+            width,
+            height,
+            named["boi_token"],
+            named["image_wrapper_token"],
+            named["eof_token"] + named["eoi_token"],
+        ),
+        lambda image: [grid.resized(image, images.options.resample)],
+        named["image_token"],
+        begin=facts.tokenizer.bos_token,
+        grid=grid,
+    )
+
+
+@PROCESSORS.register("JanusProcessor")
+def _janus(facts: Facts) -> Sight:
+    options, named = dict(facts.images), facts.tokenizer.special_tokens_map
+    least = options.pop("min_size", 14)
+    for name in ("do_pad", "do_resize"):
+        if not options.pop(name, True):
+            raise ProcessorConfigError(f"{name}=False: images of Janus are fitted into squares.")
+    images = ImageProcessor("BlipImageProcessor", options)
+    side, resample = picture_side(images, facts.model), images.options.resample
+    squared = _on_square(images.options.image_mean)
+    key = "num_image_tokens"
+    there = facts.model and getattr(facts.model.vision_config, key)
+    tokens = agreed(key, facts.processor.get(key), there)
+    begin, end = named["boi_token"], named["eoi_token"]
+    system = facts.processor.get("use_default_system_prompt", False)
+    return Sight(
+        images,
+        (side, side),
+        # As many ids of codes follow the visual tokens, where an image is drawn.
+        2 * tokens,
+        lambda width, height: Plan(1, (begin, np.arange(tokens, dtype=np.int32), end)),
+        lambda image: squared(janus.fitted(image, side, least, resample)),
+        named["image_token"],
+        prompt=lambda text: janus.prompted(text, begin) if system else text,
     )

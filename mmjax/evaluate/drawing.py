@@ -41,9 +41,10 @@ class Drawing(Evaluator):
     2.5 * max(cosine of picture and text, 0) (Hessel et al. 2021, arXiv:2104.08718), and R@1 the
     share of pictures whose text is nearer than all others of the data. Beside them those of the
     real pictures (`real/...`) and of what the tokenizer makes of their codes
-    (`reconstructed/...`): better than these no drawing can be. `frechet` is the Frechet distance of
-    the encoder's features from those of the real pictures. Figures compare only if encoder, texts
-    and real pictures are the same; they say little where the encoder knows the data badly.
+    (`reconstructed/...`): what the encoder makes of good ones. (They are no bounds: a drawing that
+    is more like its text than the real picture may score higher.) `frechet` is the Frechet distance
+    of the encoder's features from those of the real pictures. Figures compare only if encoder,
+    texts and real pictures are the same; they say little where the encoder knows the data badly.
 
     What guidance compares with is an image that has no text (`alone` of the form "drawing"). A
     picture depends on the seed, its text's number, and the guidance alone.
@@ -97,7 +98,9 @@ class Drawing(Evaluator):
                     f"guidance={strength} would draw what the text is not: give 0 or more (1: "
                     "none)."
                 )
-            make_sampler(self.temperature, self.top_k, self.top_p, None, None, strength, None)
+            make_sampler(
+                self.temperature, self.top_k, self.top_p, None, None, float(strength), None
+            )
         shards = batch_shards(self.context.mesh)
         if self.batch_size < 1 or self.batch_size % shards:
             raise ValueError(
@@ -192,7 +195,7 @@ class Drawing(Evaluator):
                 temperature=self.temperature,
                 top_k=self.top_k,
                 top_p=self.top_p,
-                guidance=guidance,
+                guidance=float(guidance),
                 negative=[lone_prompt(question, image) for question in asked],
                 key=jax.vmap(jax.random.fold_in, (None, 0))(key, np.array(rows)),
             )

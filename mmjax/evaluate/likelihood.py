@@ -28,7 +28,7 @@ from mmjax.generation.sight import read_prompts
 from mmjax.models.unified import Unified
 from mmjax.models.vlm import TEXT
 from mmjax.params import Params, merge
-from mmjax.sharding import batch_sharding, place_like_sharding
+from mmjax.sharding import batch_sharding, batch_shards, place_like_sharding
 
 
 class Likelihood(NamedTuple):
@@ -79,10 +79,40 @@ def answer_log_probs(model: nnx.Module, batch: Mapping[str, jax.Array]) -> jax.A
         hidden = out.hidden[:, before]
         if unified:
             follows = (out.follows[:, before],)
-    log_p = jax.nn.log_softmax(model.logits(hidden, *follows).astype(jnp.float32), axis=-1)
-    index = jnp.where(answer < 0, log_p.shape[-1], answer)[:, :, None]
+    return jnp.where(said, _chosen(model.logits(hidden, *follows), answer), 0.0)
+
+
+def choice_log_probs(model: nnx.Module, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """The log probability of each token of each question's choices, [B, K, U] float32, 0 at
+    padding.
+
+    A prompt is read once, and then all of its choices side by side, token by token.
+
+    Args:
+      batch: as of `answer_log_probs`, but that `answer` and `said` are [B, K, U].
+    """
+    count, choices, length = batch["answer"].shape
+    seen = {name: batch[name] for name in ("images", "place") if name in batch}
+    room = length if model.encoder_decoder else batch["tokens"].shape[1] + length
+    logits, cache = model.prefill(batch["tokens"], batch["valid"], length=room, **seen)
+    rows = jnp.repeat(jnp.arange(count, dtype=jnp.int32), choices)
+
+    def step(before, tokens):
+        logits, cache = before
+        return model.step(tokens, cache), _chosen(logits, tokens)
+
+    answer = batch["answer"].reshape(count * choices, length)
+    last, found = jax.lax.scan(step, (logits[rows], cache.select(rows)), answer[:, :-1].T)
+    found = jnp.concatenate([found, _chosen(last[0], answer[:, -1])[None]]).T
+    return jnp.where(batch["said"], found.reshape(count, choices, length), 0.0)
+
+
+def _chosen(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """The log probability of tokens [...] by logits [..., V], float32."""
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    index = jnp.where(tokens < 0, log_p.shape[-1], tokens)[..., None]
     # A token beyond the vocabulary is NaN: under `jit` the only way to be noticed.
-    return jnp.where(said, jnp.take_along_axis(log_p, index, axis=-1, mode="fill")[:, :, 0], 0.0)
+    return jnp.take_along_axis(log_p, index, axis=-1, mode="fill")[..., 0]
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -139,6 +169,20 @@ def answer_arrays(
         for name in {"tokens", "valid", "place"} & set(arrays):
             arrays[name] = arrays[name][:, spare:]
     return arrays | {"answer": align(answers, said, 0), "said": said}
+
+
+def choice_arrays(model: nnx.Module, questions: Sequence[Question]) -> dict[str, np.ndarray]:
+    """What `choice_log_probs` takes."""
+    arrays = answer_arrays(model, questions, [max(q.choice_ids, key=len) for q in questions])
+    length = arrays["said"].shape[1]
+    most = bucket(max(len(question.choice_ids) for question in questions), 1)
+    answer = np.zeros((len(questions), most, length), np.int32)
+    said = np.zeros(answer.shape, bool)
+    for row, question in enumerate(questions):
+        for place, ids in enumerate(question.choice_ids):
+            answer[row, place, : len(ids)] = ids
+            said[row, place, : len(ids)] = True
+    return arrays | {"answer": answer, "said": said}
 
 
 def _prompts(model: nnx.Module, questions: Sequence[Question]) -> Prompts:
@@ -202,6 +246,10 @@ class MultipleChoice(LikelihoodEvaluator):
         shares=("accuracy", "accuracy_per_token"),
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        self._choice_log_probs = self.context.compile(choice_log_probs)
+
     def prepare(self, questions: Sequence[Question]) -> None:
         _require(questions, "choice_ids", "choices")
         for question in questions:
@@ -212,10 +260,32 @@ class MultipleChoice(LikelihoodEvaluator):
                 )
 
     def respond(self, params: Params, questions: Sequence[Question]) -> list[list[Likelihood]]:
-        asked = [question for question in questions for _ in question.choice_ids]
-        said = [ids for question in questions for ids in question.choice_ids]
-        found = iter(self.likelihoods(params, asked, said))
-        return [[next(found) for _ in question.choice_ids] for question in questions]
+        model = merge(self.context.graphdef, params)
+        where = batch_sharding(self.context.mesh)
+        choices = [tuple(map(np.ndarray.tobytes, q.choice_ids)) for q in questions]
+        # What is asked twice is computed once, as in `likelihoods`.
+        first, which = distinct(
+            zip(map(identity, questions, image_names(questions)), choices, strict=True)
+        )
+        counts = [bucket(len(questions[i].choice_ids), 1) for i in first]
+        lengths = [bucket(max(map(len, questions[i].choice_ids)), 1) for i in first]
+        sizes = [
+            (count, length, *prompt_size(questions[i]))
+            for i, count, length in zip(first, counts, lengths, strict=True)
+        ]
+        # So many questions that their choices are about `batch_size` rows.
+        shards = batch_shards(self.context.mesh)
+        together = max(self.batch_size // max(counts) // shards, 1) * shards
+        found: dict[int, list[Likelihood]] = {}
+        for rows in batches(sizes, together):
+            asked = [questions[first[row]] for row in rows]
+            arrays = choice_arrays(model, asked)
+            arrays = {name: place_like_sharding(array, where) for name, array in arrays.items()}
+            totals = jax.device_get(self._choice_log_probs(params, arrays)).sum(-1, np.float64)
+            for row, question, values in zip(rows, asked, totals, strict=True):
+                options = zip(values, question.choice_ids, strict=False)
+                found[row] = [Likelihood(float(total), len(ids)) for total, ids in options]
+        return [found[row] for row in which]
 
     def constant(self, question: Question, counts: Mapping[str, int]) -> list[Likelihood]:
         # As if choices were the more probable the more often they are right.

@@ -115,7 +115,9 @@ class Reconstruction(Evaluator):
             "frechet": f"Frechet distance, features of {self._encoder}",
             "examples": "images",
         }
-        lines += [f"{text:<60} {scores[name]:.4g}" for name, text in names.items() if name in scores]
+        lines += [
+            f"{text:<60} {scores[name]:.4g}" for name, text in names.items() if name in scores
+        ]
         return "\n".join(lines)
 
 

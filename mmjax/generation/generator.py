@@ -125,6 +125,7 @@ class Generator:
         text: Tokens | None = None,
         text_mask: Array | np.ndarray | None = None,
         max_new_tokens: int,
+        min_new_tokens: int = 0,
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -158,6 +159,7 @@ class Generator:
             where tokens are the model's `image_token`.
           text, text_mask: for connectors that read it, the question of each row, with which all of
             its images are looked at; of the form of `tokens`.
+          min_new_tokens: end tokens are not chosen before there are so many.
           temperature: 0 takes the most probable token ("greedy"); above it, tokens are drawn.
           top_k, top_p, min_p, repetition_penalty: see `Sampler`.
           guidance: classifier-free guidance, by which prompts count more (above 1) or less (below)
@@ -198,13 +200,16 @@ class Generator:
                 check_ends(config, prompts)
         elif guidance is None and not (negative is None and negative_images is None):
             raise ValueError("negative prompts count by guidance only: give it, such as 3.0.")
-        check_length(prompts.valid, max_new_tokens, None if encodes else config.limit)
+        check_length(
+            prompts.valid, min_new_tokens, max_new_tokens, None if encodes else config.limit
+        )
         length = prompts.tokens.shape[1]
         room = bucket(max_new_tokens if encodes else length + max_new_tokens)
         eos = end_tokens(eos_id, config.vocab_size)
         pad = int(eos[0]) if eos.size and pad_id is None else pad_id or 0
         keys = None if sampler.temperature is None else row_keys(key, rows)
-        choice = self.place(Choice(sampler, keys, eos, np.int32(pad)))
+        least = np.int32(min_new_tokens) if min_new_tokens else None
+        choice = self.place(Choice(sampler, keys, eos, np.int32(pad), least))
         prompts = self.place(prompts, batch=len(prompts.tokens))
         stops = StopStrings(stop_strings, decode)
         if num_beams != 1:

@@ -13,10 +13,12 @@ from mmjax.generation.sampling import Sampler
 from mmjax.typing import Array
 
 
-def check_length(valid: np.ndarray, new_tokens: int, limit: int | None) -> None:
-    """Raises ValueError if there is no room for the new tokens."""
+def check_length(valid: np.ndarray, least: int, new_tokens: int, limit: int | None) -> None:
+    """Raises ValueError if there is no room for the new tokens, of which `least` are wanted."""
     if new_tokens < 1:
         raise ValueError(f"max_new_tokens={new_tokens} must be at least 1.")
+    if not 0 <= least <= new_tokens:
+        raise ValueError(f"min_new_tokens={least} must be from 0 to max_new_tokens={new_tokens}.")
     longest = int(valid.sum(axis=1).max())
     if limit is not None and longest + new_tokens > limit:
         raise ValueError(

@@ -83,12 +83,21 @@ class Choice(NamedTuple):
       keys: [B] random keys, or None.
       eos: [E], tokens that end a text.
       pad: what follows them.
+      least: tokens that a text has before one of these may end it, or None.
     """
 
     sampler: Sampler
     keys: Array | None
     eos: Array
     pad: Array
+    least: Array | None
+
+    def at(self, step: Int[Array, ""], logits: Float[Array, "r v"]) -> Sampler:
+        """The sampler of the token after so many."""
+        if self.least is None:
+            return self.sampler
+        ends = jnp.zeros((logits.shape[-1],), bool).at[self.eos].set(True)
+        return self.sampler.without(ends & (step < self.least))
 
 
 class State(NamedTuple):
@@ -173,7 +182,8 @@ def _choose(
     if keys is not None:
         # A row's token depends on its key and its place alone.
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys, state.step)
-    token = jnp.where(state.done, choice.pad, choice.sampler(logits, state.seen, keys))
+    sampler = choice.at(state.step, logits)
+    token = jnp.where(state.done, choice.pad, sampler(logits, state.seen, keys))
     return structure.share(
         State(
             cache=state.cache,
@@ -224,7 +234,8 @@ def _advance(
     structure: Structure, beams: Beams, logits: Array, choice: Choice, search: Search
 ) -> Beams:
     """The beams after one more token."""
-    return structure.share(beam.advance(beams, logits, choice.sampler, search, choice.eos))
+    sampler = choice.at(beams.step, logits)
+    return structure.share(beam.advance(beams, logits, sampler, search, choice.eos))
 
 
 def _prefill(model: nnx.Module, prompts: Prompts, room: int) -> tuple[Float[Array, "b v"], Any]:

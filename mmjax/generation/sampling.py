@@ -67,6 +67,12 @@ class Sampler:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         return jax.vmap(jax.random.categorical)(keys, self.allowed(logits)).astype(jnp.int32)
 
+    def without(self, tokens: Bool[Array, " v"]) -> Sampler:
+        """The same, which chooses none of these tokens either."""
+        known = self.suppressed
+        suppressed = tokens if known is None else known | tokens
+        return dataclasses.replace(self, suppressed=suppressed)
+
     def guided(self, logits: Float[Array, "r v"]) -> Float[Array, "b v"]:
         """Log probabilities after the negative prompt, and `guidance` times what they gain by the
         prompt.

@@ -80,7 +80,7 @@ def _read_images(
         if row.shape[1:] != shape:
             raise ValueError(
                 f"The images of prompt {index} have shape {row.shape}, but the model's are "
-                f"{wanted}."
+                f"{wanted}.{_advice(config, row)}"
             )
         if row.dtype.kind in "biu":
             raise ValueError(
@@ -95,6 +95,15 @@ def _read_images(
             )
         result.append(row.astype(np.float32, copy=False))
     return result
+
+
+def _advice(config: VLMConfig | UnifiedConfig, images: np.ndarray) -> str:
+    """About images [I, H, W, C] of another size."""
+    drawn = isinstance(config, UnifiedConfig) and config.places == config.image.length
+    if images.ndim != 4 or not drawn or config.grid_positions:
+        return ""
+    height, width = images.shape[1:3]
+    return f" To read this size take model.sized({height}, {width})."
 
 
 def _read_places(

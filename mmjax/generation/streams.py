@@ -15,9 +15,9 @@ from mmjax.generation.prompts import Prompts
 from mmjax.models.unified import CodesConfig, UnifiedConfig
 from mmjax.models.vlm import TEXT
 
-# What an id is: of text, an end of a row, made of an image that is given as such, or what precedes
-# codes; or a code, of the quantiser with this number.
-_WORD, _ROW, _GIVEN, _BEGIN = -1, -2, -3, -4
+# What an id is: of text, `row`, made of a given image, `begin`, `end`; or a code, of
+# the quantiser with this number.
+_WORD, _ROW, _GIVEN, _BEGIN, _END = -1, -2, -3, -4, -5
 
 
 class Part(NamedTuple):
@@ -145,8 +145,7 @@ def _read(
 
 
 def _check_text(image: CodesConfig, ids: np.ndarray, kinds: np.ndarray, name: str) -> None:
-    marks = [mark for mark in (image.end, image.row) if mark is not None]
-    wrong = (kinds != _WORD) | np.isin(ids, marks)
+    wrong = kinds != _WORD
     if wrong.any():
         raise ValueError(
             f"{name} has the id {ids[wrong][0]} of an image where text stands: images are "
@@ -167,9 +166,10 @@ def _kinds_of(config: UnifiedConfig, ids: np.ndarray, place: np.ndarray) -> np.n
     given, own = place >= 0, config.places - config.image.length
     kinds = np.where(given, _WORD, _kinds(config)[np.where(given, 0, ids)])
     kinds[given & (place % config.places >= own)] = _GIVEN
-    # Images that are read, not drawn (Janus), have no codes after `begin`.
-    read = given & (place % config.places < own)
-    kinds[(kinds == _BEGIN) & np.append(read[1:], False)] = _WORD
+    # Around images that are read, not drawn (Janus), `begin` and `end` are words.
+    read = np.pad(given & (place % config.places < own), 1)
+    kinds[(kinds == _BEGIN) & read[2:]] = _WORD
+    kinds[(kinds == _END) & read[:-2]] = _WORD
     return kinds
 
 
@@ -178,8 +178,8 @@ def _kinds(config: UnifiedConfig) -> np.ndarray:
     """[V], what each id is."""
     image = config.image
     kinds = np.full(config.vocab_size, _WORD)
-    kinds[image.begin] = _BEGIN
     kinds[image.all_ids] = np.arange(image.size) // image.tokenizer.quantizer.size
-    if image.row is not None:
-        kinds[image.row] = _ROW
+    for mark, kind in ((image.begin, _BEGIN), (image.end, _END), (image.row, _ROW)):
+        if mark is not None:
+            kinds[mark] = kind
     return kinds

@@ -8,6 +8,7 @@ depend on its neighbours.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import jax
 from flax import nnx
@@ -69,7 +70,7 @@ class Discriminator(nnx.Module):
                 padding=(1, 1),
                 rngs=rngs,
             )
-            for number, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False))
+            for number, (inputs, outputs) in enumerate(itertools.pairwise(widths))
         )
         self.norms = nnx.List(
             GroupNorm(width, groups=config.groups, eps=EPS) for width in widths[2:]

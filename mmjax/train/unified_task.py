@@ -10,7 +10,8 @@ from mmjax import losses
 from mmjax.config import ConfigError
 from mmjax.data.spec import ConversationSpec, parse
 from mmjax.data.tokenizer import Tokenizer
-from mmjax.data.visual import Codes
+from mmjax.data.visual import Codes, Decoupled
+from mmjax.models.janus import JanusConfig
 from mmjax.models.unified import UnifiedConfig
 from mmjax.train.tasks import TASKS, Task, check_targets
 
@@ -75,8 +76,14 @@ class UnifiedTokens(Task):
                 f"image_size={size}",
             ),
             (
-                spec.layout.tokens != image.length,
-                f"{_WHERE}.layout.tokens={spec.layout.tokens}, but an image has {image.length} ids",
+                isinstance(model, JanusConfig) != isinstance(spec.layout, Decoupled),
+                f"config.model.name={model.name!r}: 'janus' goes with the layout 'decoupled', "
+                "'unified' with 'codes'",
+            ),
+            (
+                spec.layout.tokens != model.places,
+                f"{_WHERE}.layout has {spec.layout.tokens} places of an image, but the model has "
+                f"{model.places}",
             ),
             (
                 bool(spec.layout.end) != (image.end is not None),

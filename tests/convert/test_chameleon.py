@@ -4,12 +4,14 @@ import dataclasses
 
 import hf
 import numpy as np
+import processors
 import pytest
 import unified
 from towers import refused
 from vlms import LANGUAGE
 
 import mmjax.convert
+from mmjax.data.processor import load_processor
 from mmjax.models import Unified
 from mmjax.models.lm import QKNorm
 
@@ -75,6 +77,39 @@ def test_logits_and_generation(name, tmp_path):
         gradients=index == 1,
         origin=index != 2,
     )
+
+
+PICTURES = [
+    [processors.picture(0, 30, 20)],
+    [processors.picture(1, 9, 14), processors.picture(2, 40, 11)],
+    [],
+]
+TEXTS = ["a red <image> dog", "<image><image> a cat", "bot : !"]
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_processor(named, tmp_path):
+    marks = {"image_token": "<image>", "boi_token": "<racm3:break>", "eoi_token": "<eoss>"}
+    if named:
+        marks = {"image_token": "<picture>", "boi_token": "<begin>", "eoi_token": "<end>"}
+    tokenizer = processors.tokenizer(
+        *marks.values(),
+        "<sep>",
+        sep_token="<sep>",
+        **({"extra_special_tokens": marks} if named else {}),
+    )
+    images = transformers.ChameleonImageProcessorPil(size={"shortest_edge": 12}, crop_size=8)
+    theirs = transformers.ChameleonProcessor(images, tokenizer, image_seq_length=16)
+    names = vocabulary() | {"<image>": tokenizer.get_vocab()[marks["image_token"]]}
+    directory = processors.save(tmp_path / "whole", theirs, config(vocabulary_map=names))
+    texts = [text.replace("<image>", marks["image_token"]) for text in TEXTS]
+    batch = processors.check(directory, theirs, PICTURES, texts)
+    assert batch["images"].shape == (3, 2, 8, 8, 3)
+    assert (batch["tokens"][:, -1] == tokenizer.sep_token_id).all()
+    theirs.image_seq_length = 25
+    wrong = processors.save(tmp_path / "wrong", theirs, config(vocabulary_map=names))
+    with pytest.raises(ValueError, match=r"image_seq_length is 25 .* and 16 in config.json"):
+        load_processor(wrong)
 
 
 def test_what_is_not_supported():

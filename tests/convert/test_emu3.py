@@ -1,11 +1,14 @@
-"""Emu3, both ways: logits, gradients, generation of text and of images; its language model alone."""
+"""Emu3, both ways: logits, gradients, generation of text and images; its language model alone."""
 
 import dataclasses
+import json
 import re
+import shutil
 
 import hf
 import numpy as np
 import parity
+import processors
 import pytest
 import unified
 from towers import long, pixels, quick, refused, same_files
@@ -13,6 +16,9 @@ from vlms import LANGUAGE, forward
 
 import mmjax
 import mmjax.convert
+from mmjax.data.emu3 import Grid
+from mmjax.data.image import CorruptImageError
+from mmjax.data.processor import load_processor
 from mmjax.data.visual import TEXT
 from mmjax.models import LM, Unified
 
@@ -209,12 +215,120 @@ def test_language_model_alone(changes, tmp_path):
     parity.check_saving_without_origin(directory, tmp_path / "alone")
 
 
+NAMED = {
+    **{"image_token": "<image>", "boi_token": "<|image start|>", "eoi_token": "<|image end|>"},
+    **{"image_wrapper_token": "<|image token|>", "eof_token": "<|extra_201|>"},
+}
+PICTURES = [
+    [processors.picture(0, 30, 20)],
+    [processors.picture(1, 9, 14), processors.picture(2, 40, 11)],
+    [],
+]
+TEXTS = ["a red <image> dog", "<image> a <image> ; cat", "bot : !"]
+
+
+def their_processor():
+    """Small images."""
+    visual = [f"<|visual token {code:06d}|>" for code in range(CODES)]
+    tokenizer = processors.tokenizer(
+        *"123456789*", *NAMED.values(), "<|extra_200|>", *visual, extra_special_tokens=NAMED
+    )
+    images = transformers.Emu3ImageProcessor(
+        min_pixels=700, max_pixels=2000, image_mean=[0.4, 0.5, 0.6]
+    )
+    return transformers.Emu3Processor(images, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def processor_directory(tmp_path_factory):
+    """A processor with a model of its tokens, as transformers writes them."""
+    directory, theirs = tmp_path_factory.mktemp("emu3"), their_processor()
+    vocabulary_map = theirs.tokenizer.get_vocab()
+    options = {"channel_multiplier": [1, 1, 1, 2]}  # 8 x 8 pixels a code
+    options |= {"attn_resolutions": [], "temporal_downsample_factor": 1}
+    whole = config(
+        text={"vocab_size": len(vocabulary_map)},
+        tokenizer=options,
+        vocabulary_map=vocabulary_map,
+    )
+    reference = transformers.Emu3ForConditionalGeneration(whole)
+    processors.save(parity.save_hf(reference, directory), theirs)
+    return directory, theirs, reference
+
+
+def test_processor(processor_directory):
+    """Pictures keep their shapes, and are padded to the largest."""
+    directory, theirs, _ = processor_directory
+    batch = processors.check(directory, theirs, PICTURES, TEXTS)
+    assert batch["images"].shape == (3, 2, 40, 56, 3)
+    processor = load_processor(directory)
+    given = {"images": PICTURES[0], "text": TEXTS[0]}
+    begun, alone = processor(**given), processor(**given, add_special_tokens=False)
+    # One token of the beginning is the tokenizer's, one the processor's.
+    np.testing.assert_array_equal(alone["tokens"], begun["tokens"][:, 2:])
+    assert (begun["tokens"][:, :2] == theirs.tokenizer.bos_token_id).all()
+    wanted = theirs(**given, return_tensors="np")
+    np.testing.assert_array_equal(begun["tokens"], wanted["input_ids"])
+    assert begun["images"].shape[2:4] == tuple(wanted["image_sizes"][0])
+    with pytest.raises(CorruptImageError, match="201 x 1 pixels has too unequal sides"):
+        processor(images=[processors.picture(0, 201, 1)], text="<image>")
+
+
+@pytest.mark.parametrize(("least", "most", "factor"), [(700, 2000, 4), (512**2, 1024**2, 8)])
+def test_sizes_of_images(least, most, factor):
+    from transformers.models.emu3.image_processing_emu3 import smart_resize
+
+    grid = Grid(factor, least, most)
+    sides = np.random.default_rng(0).integers(1, 2000, (300, 2)).tolist()
+    sides += [[1, 200], [factor // 2, 3 * factor // 2], [factor, factor], [24, 25], [1024, 1024]]
+    compared = 0
+    for height, width in sides:
+        if max(height, width) <= 200 * min(height, width):
+            expected = smart_resize(height, width, factor, least, most)
+            assert grid.fitted(width, height) == expected, (height, width)
+            compared += 1
+    assert compared > 250
+
+
+def test_what_the_processor_makes_the_model_reads(processor_directory):
+    import torch
+
+    directory, theirs, reference = processor_directory
+    model, processor = mmjax.convert.from_pretrained(directory), load_processor(directory)
+    batch = processor(images=PICTURES, text=TEXTS)
+    flat = [image for group in PICTURES for image in group]
+    inputs = theirs(images=flat, text=TEXTS, padding=True, padding_side="left", return_tensors="pt")
+    with torch.no_grad():
+        expected = reference(**inputs).logits
+    options = [batch[name] for name in ("tokens", "images", "mask", "place")]
+    out = quick(model, *options, function=lambda model, *x: model.run(*x[:3], place=x[3]))
+    parity.close("Emu3ForConditionalGeneration", "logits", out.logits, expected, batch["mask"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"spatial_factor": 4}, r"spatial_factor is 4 .* and 8 in config.json"),
+        ({"do_resize": False}, "do_resize=False: images of Emu3"),
+        ({"do_centre_crop": True}, "did you mean 'do_center_crop'"),
+    ],
+)
+def test_processors_that_do_not_fit(changes, message, processor_directory, tmp_path):
+    directory = shutil.copytree(processor_directory[0], tmp_path / "changed")
+    path = directory / "processor_config.json"
+    content = json.loads(path.read_text())
+    content["image_processor"] |= changes
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        load_processor(directory)
+
+
 def test_what_is_not_supported():
     names = vocabulary()
     wrong = {name: number for name, number in names.items() if name != "<|visual token 000012|>"}
     for changes, message in (
         ({"vocabulary_map": wrong}, "names of 19 codes, but the image tokenizer has 20"),
-        ({"vocabulary_map": names | {"<|extra_200|>": None}}, "has no '<|extra_200|>'"),
+        ({"vocabulary_map": {k: v for k, v in names.items() if v != 6}}, "has no '<|extra_200|>'"),
         ({"tokenizer": {"double_latent": True}}, "vq_config: double_latent=True"),
         ({"text": {"hidden_act": "mish"}}, "text_config: hidden_act='mish'"),
     ):
@@ -232,7 +346,10 @@ def test_what_the_format_cannot_say():
     assert said.to_dict()["vq_config"]["image_size"] == 48
     for wrong, message in (
         (dataclasses.replace(ours, modality_embeddings=True), "modality_embeddings=True"),
-        (dataclasses.replace(ours, image=dataclasses.replace(image, row=None)), "'NoneType'|row"),
+        (
+            dataclasses.replace(ours, image=dataclasses.replace(image, row=None)),
+            "image.row=None, but",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             say(family, wrong, frozenset())

@@ -58,6 +58,7 @@ CONFIGS = {
         "BitImageProcessor",
         {"size": {"shortest_edge": 24, "longest_edge": 40}, "crop_size": 20, "resample": 2},
     ),
+    "chameleon": ("ChameleonImageProcessor", {"size": {"shortest_edge": 26}, "crop_size": 24}),
     "siglip2": ("Siglip2ImageProcessor", {"patch_size": 8, "max_num_patches": 40}),
     "siglip2_rgb": (
         "Siglip2ImageProcessor",

@@ -1,4 +1,4 @@
-"""Scores of reconstructions beside scikit-image and SciPy, and the evaluator on a small tokenizer."""
+"""Scores of reconstructions beside scikit-image and SciPy; the evaluator on a small tokenizer."""
 
 import dataclasses
 from types import SimpleNamespace

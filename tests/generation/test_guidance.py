@@ -96,17 +96,21 @@ def test_transformers_writes_the_same(both):
 
 
 @pytest.mark.torch
-def test_transformers_suppresses_the_same(both):
+@pytest.mark.parametrize("beams", [1, 3])
+def test_transformers_suppresses_the_same(both, beams):
     theirs, generator = both("llama")
-    rows, options = writers.prompts(), {"max_new_tokens": NEW}
-    for beams in (1, 3):
-        free = generator(rows, num_beams=beams, **options).tokens
-        ours = generator(rows, suppress=SUPPRESS, num_beams=beams, **options).tokens
-        expected = writers.continued(
-            theirs, rows, suppress_tokens=SUPPRESS, num_beams=beams, **options
-        )
-        np.testing.assert_array_equal(ours, expected)
-        assert np.isin(free, SUPPRESS).any() and not np.isin(ours, SUPPRESS).any()
+    rows, eos, least = writers.prompts(), [80, 12, 35], 9
+    options = dict(max_new_tokens=NEW, num_beams=beams)
+    suppress = [token for token in SUPPRESS if token not in eos]
+    ends = dict(eos_token_id=eos, pad_token_id=2)
+    free = writers.continued(theirs, rows, **ends, **options)
+    options |= dict(min_new_tokens=least)
+    expected = writers.continued(theirs, rows, suppress_tokens=suppress, **ends, **options)
+    ours = generator(rows, suppress=suppress, eos_id=eos, pad_id=2, **options)
+    np.testing.assert_array_equal(ours.tokens, expected)
+    assert np.isin(free, suppress).any() and not np.isin(expected, suppress).any()
+    assert np.isin(free[:, :least], eos).any() and not np.isin(expected[:, :least], eos).any()
+    assert ours.lengths.min() < NEW
 
 
 @pytest.mark.torch
@@ -280,12 +284,9 @@ def test_same_tokens_on_a_mesh(model, generator, monkeypatch):
         key=jax.random.key(0),
     )
     spread = Generator(model, mesh=mesh)
-    for rows in (4, 3):
-        part = {**options, "negative": negatives()[:rows]}
-        tokens = writers.prompts()[:rows]
-        np.testing.assert_array_equal(
-            spread(tokens, **part).tokens, generator(tokens, **part).tokens
-        )
+    rows = writers.prompts()
+    expected = generator(rows, **options).tokens
+    np.testing.assert_array_equal(spread(rows, **options).tokens, expected)
 
 
 GIVEN = dict(negative=[[3]], guidance=3.0)
@@ -299,6 +300,7 @@ BAD = {
     "nothing": (dict(GIVEN, negative=[[]]), "Of the negative prompts: Prompt 0 is empty"),
     "images": (dict(GIVEN, negative_images=[[]]), "Of the negative prompts: LM takes no images"),
     "beams": (dict(GIVEN, num_beams=2), "Beam search goes without guidance"),
+    "more than most": (dict(min_new_tokens=5), "from 0 to max_new_tokens=4"),
     "tokens there are not": (dict(suppress=[3, 97]), "suppress has ids from 3 to 97"),
     "all tokens": (dict(suppress=range(97)), "leave some to choose from"),
 }

@@ -11,10 +11,12 @@ import writers
 from flax import nnx
 from test_generator import compilations, make_model
 from test_guidance import uncached
-from test_images import draw
+from test_images import ENCODER, draw
 
 from mmjax import sharding
+from mmjax.connectors.mlp import MLPConfig
 from mmjax.generation import Generator, Painter, contact_sheet, split, text_only
+from mmjax.models.janus import Janus, JanusConfig
 from mmjax.models.unified import CodesConfig, Unified, UnifiedConfig
 from mmjax.models.vqgan import VQGANConfig
 from mmjax.quantizers import CodebookConfig
@@ -208,6 +210,43 @@ def test_same_pictures_on_a_mesh(model, generator, monkeypatch):
     pictures = Painter(spread.model, mean=MEAN, std=STD, mesh=mesh)(out)
     whole = Painter(model, mean=MEAN, std=STD)(out)
     assert np.abs(pictures.astype(int) - whole).max() <= 1
+
+
+def test_models_that_read_and_draw():
+    """Janus: `begin` stands before images that are read, too, and each has slots of both kinds."""
+    config = JanusConfig(
+        encoder=dataclasses.replace(ENCODER, pooling="none"),
+        connector=MLPConfig(),
+        lm=CONFIG.lm,
+        image=CONFIG.image,
+        image_token=1000,
+    )
+    model = draw(lambda: Janus(config, rngs=nnx.Rngs(0)), scale=0.5)
+    generator, images = Generator(model), pixels()[None]
+    (prompt,) = [[1, BEGIN, *[1000] * 4, END, 2, BEGIN, *[1000] * 4, END, 3, BEGIN]]
+    logits = jax.jit(lambda *given: model(*given)[:, -1])
+
+    def read(rows):
+        tokens, mask = writers.padded([[0] * 48, *rows])
+        return logits(tokens[1:], images, mask[1:])
+
+    out = generator([prompt], images, max_new_tokens=LENGTH + 2).tokens
+    np.testing.assert_array_equal(out, uncached(read, [prompt], [prompt], 1.0, LENGTH + 2))
+    assert np.unique(out).size > 6
+    place = np.full(len(prompt), -1)
+    place[2:6], place[9:13] = range(4), range(config.places, config.places + 4)
+    again = generator([prompt], images, place=[place], max_new_tokens=LENGTH + 2).tokens
+    np.testing.assert_array_equal(again, out)
+    # The second image as if it had been drawn: the ids of its codes are after its visual tokens.
+    drawn = [*prompt[:9], *[1000] * LENGTH, END, 3, BEGIN]
+    where = np.full(len(drawn), -1)
+    where[2:6] = range(4)
+    where[9 : 9 + LENGTH] = np.arange(LENGTH) + config.places + config.image_tokens
+    options = dict(max_new_tokens=LENGTH, guidance=2.0, negative=[prompt], negative_images=images)
+    given = generator([drawn], images, place=[where], **options).tokens
+    ids = np.asarray(model.image_ids(jnp.asarray(images)))[0, 1]
+    drawn[9 : 9 + LENGTH], where[9 : 9 + LENGTH] = ids.tolist(), -1
+    np.testing.assert_array_equal(generator([drawn], images, place=[where], **options)[0], given)
 
 
 IMAGE_IDS = [*[TEXT] * 4, ROW] * 4

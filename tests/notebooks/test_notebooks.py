@@ -7,7 +7,11 @@ import jax
 import pytest
 
 # What a notebook prints, besides a word about random weights.
-PRINTS = {"ask_about_images": "of them visual", "classify_and_search": "images indexed"}
+PRINTS = {
+    "ask_about_images": "of them visual",
+    "classify_and_search": "images indexed",
+    "draw_and_name": "asked for",
+}
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
 

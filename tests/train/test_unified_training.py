@@ -338,7 +338,7 @@ def test_a_language_model_gets_codes(root, tmp_path, one_device):
     ("options", "said"),
     [
         (dict(layout=dict(size=16)), r"layout\.size=16, but .*image_size=8"),
-        (dict(layout=dict(tokens=15)), r"layout\.tokens=15, but an image has 16 ids"),
+        (dict(layout=dict(tokens=15)), "has 15 places of an image, but the model has 16"),
         (dict(layout=dict(end="")), r"layout\.end='', but config\.model\.image\.end=5"),
         (dict(image_token=7), r"image_token=7, but config\.model\.image_token=6"),
         (dict(prefix=True), "prefix, parents and seq2seq have no meaning here"),

@@ -45,20 +45,8 @@ def code_ids(
     return tuple(found[code] for code in range(size))
 
 
-def names_of(image: CodesConfig, marks: Mapping[str, str], code: str) -> dict[str, int]:
-    """The part of a `vocabulary_map` that says the ids of images.
-
-    Args:
-      marks: the name of each mark, by its field of `CodesConfig`.
-      code: the name of a code, with a place for its number: "code {}".
-
-    Raises:
-      ValueError: if there is no such mark.
-    """
-    missing = [field for field in marks if getattr(image, field) is None]
+def check_marks(image: CodesConfig, *marks: str) -> None:
+    """Raises ValueError if there is none where the format has a token."""
+    missing = [mark for mark in marks if getattr(image, mark) is None]
     if missing:
-        raise ValueError(f"image.{missing[0]}=None, but the format has a token for it")
-    ids = enumerate(image.all_ids.tolist())
-    return {marks[field]: getattr(image, field) for field in marks} | {
-        code.format(number): token for number, token in ids
-    }
+        raise ValueError(f"image.{missing[0]}=None, but images of the format have such a token")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mmjax.convert.families import _decoder
-from mmjax.convert.families._codes import code_ids, id_of
+from mmjax.convert.families._codes import check_marks, code_ids, id_of
 from mmjax.convert.families._vlm import Part
 from mmjax.convert.family import FAMILIES, Family, Source
 from mmjax.convert.table import Row
@@ -62,10 +62,15 @@ def from_hf(source: Source) -> UnifiedConfig:
 
 
 def to_hf(config: UnifiedConfig) -> Any:
-    """The inverse of `from_hf`; `vocabulary_map` has the names that it reads, and no others."""
+    """The inverse of `from_hf`; `vocabulary_map` has the names that it reads, and no others.
+
+    Raises:
+      ValueError: if images have no end; see `Part.to_hf` as well.
+    """
     from transformers import ChameleonConfig
 
     lm, image = config.lm, config.image
+    check_marks(image, "end")
     options = _decoder.options(lm) | _decoder.rope_options(lm)
     del options["head_dim"]
     names = {IMAGE: config.image_token, BEGIN: image.begin, END: image.end}

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mmjax.convert.families import _decoder
-from mmjax.convert.families._codes import code_ids, id_of
+from mmjax.convert.families import _decoder, llama
+from mmjax.convert.families._codes import check_marks, code_ids, id_of
 from mmjax.convert.families._vlm import Part
 from mmjax.convert.family import FAMILIES, Family, Source
 from mmjax.convert.kinds import BATCH_NORM, CONV, CONV3D, EMBEDDING, LINEAR, NORM, POINTWISE
@@ -204,17 +204,6 @@ FAMILIES.register("Emu3VQVAE")(
 )
 
 
-def text_from_hf(source: Source) -> LMConfig:
-    hf = source.config
-    return LMConfig(
-        **_decoder.fields(hf),
-        **_decoder.rope_fields(hf),
-        qkv_bias=hf.attention_bias,
-        out_bias=hf.attention_bias,
-        mlp_bias=hf.mlp_bias,
-    )
-
-
 def text_to_hf(config: LMConfig) -> Any:
     from transformers import Emu3TextConfig
 
@@ -228,7 +217,8 @@ def text_to_hf(config: LMConfig) -> Any:
 
 
 FAMILIES.register("Emu3ForCausalLM")(
-    _decoder.family("Emu3Text", "emu3_text_model", text_from_hf, text_to_hf)
+    # What Llama computes; that family, which comes first, is what others are saved as.
+    _decoder.family("Emu3Text", "emu3_text_model", llama.from_hf, text_to_hf)
 )
 
 
@@ -252,10 +242,15 @@ def from_hf(source: Source) -> UnifiedConfig:
 
 
 def to_hf(config: UnifiedConfig) -> Any:
-    """The inverse of `from_hf`; `vocabulary_map` has the names that it reads, and no others."""
+    """The inverse of `from_hf`; `vocabulary_map` has the names that it reads, and no others.
+
+    Raises:
+      ValueError: if images or their rows have no end; see `Part.to_hf` as well.
+    """
     from transformers import Emu3Config
 
     image = config.image
+    check_marks(image, "end", "row")
     names = {IMAGE: config.image_token, BEGIN: image.begin, ROW: image.row, END: image.end}
     for code, number in enumerate(image.all_ids.tolist()):
         names[f"<|visual token {code:06d}|>"] = number

@@ -88,6 +88,9 @@ def to_hf(config: LMConfig) -> transformers.GPTNeoXConfig:
 
 
 def rows(config: LMConfig) -> Sequence[Row]:
+    """Raises ValueError if heads share keys: queries, keys and values stand head by head."""
+    if config.kv_heads is not None:
+        raise ValueError(f"it cannot say kv_heads={config.kv_heads}")
     parts = tuple(OURS + f"attention/{part}" for part in ("query", "key", "value"))
     return (
         Row("gpt_neox.embed_in", "token", EMBEDDING),
