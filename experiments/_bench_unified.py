@@ -210,7 +210,7 @@ class Transformers:
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        value = float(loss)  # waits for the device
+        value = loss.item()  # waits for the device
         return time.perf_counter() - began, value
 
     def generate(self, batch: int, new: int) -> tuple[float, Any]:

@@ -74,7 +74,8 @@ class LFQ(Quantizer):
         share = jnp.exp(likely)
         certain = -jnp.mean(jnp.sum(share * likely, axis=-1))
         mean = jnp.mean(share.reshape(-1, config.size), axis=0)
-        diverse = -jnp.sum(jax.scipy.special.xlogy(mean, mean))
+        # Of codes that no vector is near the share is 0, and the slope of its logarithm infinite.
+        diverse = -jnp.sum(mean * jnp.log(jnp.maximum(mean, 1e-20)))
         loss = config.entropy * (certain - config.diversity * diverse)
         loss += config.commitment * jnp.mean(jnp.square(given - found))
         return Quantized(straight_through(given, found).astype(x.dtype), codes, loss)

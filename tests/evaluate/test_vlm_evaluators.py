@@ -17,7 +17,7 @@ import mmjax
 from mmjax import params, sharding
 from mmjax.connectors.mlp import MLPConfig
 from mmjax.evaluate import make_evaluator
-from mmjax.evaluate.likelihood import answer_log_probs
+from mmjax.evaluate.likelihood import answer_log_probs, choice_log_probs
 from mmjax.models.lm import LMConfig
 from mmjax.models.t5 import T5Config
 from mmjax.models.vit import ViTConfig
@@ -146,9 +146,17 @@ def test_likelihoods_of_padded_rows_are_those_of_single_ones(kind):
     @jax.jit
     def both(weights, batch, tokens, single):
         model = params.merge(graph, weights)
-        return answer_log_probs(model, batch), model(tokens, **single)
+        # Each with the answers of both, as choices.
+        options = {
+            name: jnp.stack([batch[name], batch[name][::-1]], axis=1) for name in ("answer", "said")
+        }
+        choices = choice_log_probs(model, batch | options)
+        swapped = batch | {name: array[:, 1] for name, array in options.items()}
+        each = [answer_log_probs(model, asked) for asked in (batch, swapped)]
+        return each[0], model(tokens, **single), choices, jnp.stack(each, axis=1)
 
-    got, logits = both(weights, batch, tokens, single)
+    got, logits, choices, each = both(weights, batch, tokens, single)
+    np.testing.assert_allclose(choices, each, atol=1e-5)
     before = logits[0] if kind == "seq2seq" else logits[0, len(asked.ids) - 1 : -1]
     log_p = np.asarray(jax.nn.log_softmax(before))
     expected = log_p[np.arange(len(answer)), answer]

@@ -162,6 +162,13 @@ def test_lfq(bits):
     np.testing.assert_allclose(jax.grad(both)(x), theirs.grad, atol=1e-5)
 
 
+def test_lfq_has_gradients_where_codes_are_far_from_all_vectors():
+    quantizer = make_quantizer(LFQConfig(9), rngs=nnx.Rngs(0))
+    vectors = jnp.array(np.random.default_rng(0).normal(size=(20, 9)), jnp.float32)
+    gradient = jax.grad(lambda x: quantizer(x).loss)(vectors)
+    assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
+
+
 @pytest.mark.torch
 @pytest.mark.parametrize("cosine", [False, True])
 def test_codebook_with_the_rotation_trick(cosine):
