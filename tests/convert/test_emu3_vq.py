@@ -123,9 +123,7 @@ def test_clips(tmp_path):
     assert len(np.unique(codes)) > 3
     parity.close("Emu3VQVAE", "clips", out.images, expected.permute(0, 1, 3, 4, 2))
     assert out.images.shape == clips.shape
-    with pytest.raises(
-        ValueError, match=f"{count + 1} frames .* multiple of {count // 2}"
-    ):
+    with pytest.raises(ValueError, match=f"{count + 1} frames .* multiple of {count // 2}"):
         model.encode(jnp.concatenate([clips, clips[:, :1]], axis=1))
 
 
