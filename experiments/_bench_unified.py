@@ -172,10 +172,15 @@ class Transformers:
         from transformers import ChameleonForConditionalGeneration as Chameleon
 
         torch, job = self.torch, self.job
-        model = Chameleon.from_pretrained(job.directory, attn_implementation="sdpa")
+
+        def load() -> Any:
+            model = Chameleon.from_pretrained(job.directory, attn_implementation="sdpa")
+            return model.to(self.device)
+
+        self.writer = load()  # stays as it is, as the other side's
+        self.writer.generation_config.eos_token_id = None
+        self.model = model = load()
         model.model.vqmodel.requires_grad_(False)
-        model.generation_config.eos_token_id = None
-        self.model = model.to(self.device)
         self.stack: Callable = torch.compile(model.model) if self.compiled else model.model
         trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0, fused=True)
@@ -219,7 +224,7 @@ class Transformers:
         options = {"cache_implementation": "static"} if self.device == "cuda" else {}
         began = time.perf_counter()
         with torch.inference_mode(), self._autocast():
-            out = self.model.generate(
+            out = self.writer.generate(
                 input_ids=tokens,
                 attention_mask=torch.ones_like(tokens),
                 pixel_values=pictures,

@@ -729,6 +729,7 @@ def _emu3(facts: Facts) -> Sight:
 def _janus(facts: Facts) -> Sight:
     options, named = dict(facts.images), facts.tokenizer.special_tokens_map
     least = options.pop("min_size", 14)
+    options.pop("background_color", None)  # repeats image_mean
     for name in ("do_pad", "do_resize"):
         if not options.pop(name, True):
             raise ProcessorConfigError(f"{name}=False: images of Janus are fitted into squares.")

@@ -27,8 +27,8 @@ pytestmark = pytest.mark.torch
 
 CODES = 20
 TOKENIZER = {
-    **{"base_channels": 32, "codebook_size": CODES, "num_res_blocks": 1, "hidden_size": 64},
-    **{"channel_multiplier": [1, 2], "attn_resolutions": [1], "temporal_downsample_factor": 2},
+    **{"base_channels": 32, "codebook_size": CODES, "num_res_blocks": 1, "hidden_size": 32},
+    **{"channel_multiplier": [1, 1], "attn_resolutions": [], "temporal_downsample_factor": 1},
 }
 # Ids of text are 8 to 20.
 WORDS = (8, 20)
@@ -74,10 +74,10 @@ CASES = {
                 **{"num_key_value_heads": 1, "hidden_size": 24, "num_attention_heads": 3},
                 **{"num_hidden_layers": 3, "hidden_act": "gelu"},
             },
-            "tokenizer": {"channel_multiplier": [1, 1, 2], "attn_resolutions": []},
+            "tokenizer": {"attn_resolutions": [1], "temporal_downsample_factor": 2},
             "tie_word_embeddings": True,
         },
-        (8, 12),
+        (4, 6),
     ),
 }
 
@@ -244,11 +244,9 @@ def processor_directory(tmp_path_factory):
     """A processor with a model of its tokens, as transformers writes them."""
     directory, theirs = tmp_path_factory.mktemp("emu3"), their_processor()
     vocabulary_map = theirs.tokenizer.get_vocab()
-    options = {"channel_multiplier": [1, 1, 1, 2]}  # 8 x 8 pixels a code
-    options |= {"attn_resolutions": [], "temporal_downsample_factor": 1}
     whole = config(
         text={"vocab_size": len(vocabulary_map)},
-        tokenizer=options,
+        tokenizer={"channel_multiplier": [1, 1, 1, 1]},  # 8 x 8 pixels a code
         vocabulary_map=vocabulary_map,
     )
     reference = transformers.Emu3ForConditionalGeneration(whole)

@@ -129,8 +129,9 @@ def test_prompts_and_class_names(tmp_path):
 def test_make_evaluator_names_what_is_wrong(tmp_path):
     context, _ = fakes.make_context(tmp_path)
     assert EVALUATORS.names() == [
-        "captioning", "classification", "clipscore", "knn", "linear_probe", "loss",
-        "multiple_choice", "perplexity", "pope", "retrieval", "vqa", "zero_shot",
+        "captioning", "classification", "clipscore", "drawing", "knn", "linear_probe", "loss",
+        "multiple_choice", "name_choice", "naming", "perplexity", "picture_choice", "pope",
+        "reconstruction", "retrieval", "vqa", "zero_shot",
     ]  # fmt: skip
     with pytest.raises(UnknownNameError, match="did you mean 'retrieval'"):
         evaluator(dict(name="retreival"), context)
