@@ -174,6 +174,7 @@ def smollm2() -> Path:
     return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 def test_smollm2_reads_a_page_like_transformers():
     """Negative log-likelihood of a page of English, and every logit."""

@@ -14,7 +14,7 @@ def losses(workdir):
     return np.array([row["train/loss"] for row in launch.rows(workdir) if "train/loss" in row])
 
 
-@pytest.fixture(scope="module", params=["siglip", "clip"])
+@pytest.fixture(scope="module", params=["siglip", pytest.param("clip", marks=pytest.mark.slow)])
 def pair(request, tmp_path_factory, cache):
     """(config argument, work directory of one process, of two), both trained to the end."""
     # One of the two with evaluations; each costs a compilation on every mesh.

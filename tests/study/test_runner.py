@@ -220,6 +220,7 @@ def ablate(workdir, arg):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_real_study_with_an_arm_that_fails(tmp_path):
     done = subprocess.run(
         ablate(tmp_path / "study", "broken"), cwd=ROOT, capture_output=True, text=True, timeout=300
