@@ -69,7 +69,7 @@ class Template:
     Attributes:
       begin: what the stream begins with.
       system, user, assistant: what stands before and after what they say. Of the assistant, what
-        stands after it is learnt: it is how an answer ends.
+        stands after it is learnt, as how an answer ends; not of an image that stands alone.
       between: after each answer, not learnt.
       answer: text around an answer that belongs to it.
       chunk: of a document, an answer to nobody, what ends the text of one image before the next one
@@ -134,8 +134,13 @@ class Template:
                 if self.chunk and len(turns) == 1:  # a document, as it is
                     before, opening, closing = (), "", ""
                 yield from _unlearnt(before)
-                for part in (opening, *self._chunks(said), closing, *end):
+                for part in (opening, *self._chunks(said), closing):
                     yield part, True
+                # An image without its text is also how a caption is asked for: that an end follows
+                # must not be learnt.
+                ends = len(turns) > 1 or any(isinstance(part, str) for part in said)
+                for part in end:
+                    yield part, ends
                 yield from _unlearnt(self.between)
 
     def _chunks(self, said: tuple[str | Picture, ...]) -> Iterator[Part]:

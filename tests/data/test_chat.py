@@ -250,6 +250,20 @@ def test_chunks_of_a_document_end_before_the_next_image():
     ]  # fmt: skip
 
 
+def test_the_end_of_an_image_alone_is_not_learnt():
+    """Else it would be learnt against the captions of images that are asked for by the image."""
+
+    def learnt(*turns):
+        pieces = TEMPLATES["stream"].render(Conversation(turns, (b"",)))
+        return [(piece.part, piece.learnt) for piece in pieces[1:]]
+
+    drawn = Turn("assistant", (0,))
+    assert learnt(drawn) == [(Picture(0), True), ("eos", False)]
+    assert learnt(Turn("user", ("a cat",)), drawn)[1:] == [(Picture(0), True), ("eos", True)]
+    captioned = learnt(Turn("user", (0,)), Turn("assistant", ("a cat",)))
+    assert captioned == [(Picture(0), False), ("a cat", True), ("eos", True)]
+
+
 def test_a_template_that_does_not_fit_the_tokenizer():
     chat = ChatTokenizer(train_tokenizer("bpe", CORPUS, 400))
     with pytest.raises(ValueError, match=r"'chatml' needs: <\|im_end\|>, <\|im_start\|>"):
