@@ -1,43 +1,68 @@
-"""What a unified model shares between words and pictures: encoder, tables and head, MLPs.
+"""What a unified model has apart for words and pictures: encoder, tables and head, MLPs.
 
-python -m experiments.ablate --study configs/ablate/unified.py --workdir runs/unified_study
+python -m experiments.ablate --study configs/ablate/unified.py --workdir runs/unified_study \\
+    --processes 2
 
-Arms differ in three ways: whether images that are named are read as codes or through an encoder of
-their own (`decoupled`, Janus), whether codes have tables and a head of their own (`apart`), and
-whether they have MLPs of their own (`experts`, MoMa). An image tokenizer and an encoder that judges
-are trained first. `:score=names` compares arms by how they name pictures, `:score=drawings` by what
-they draw of held-out compositions.
+Arms of one transformer, `encoder`: images that are named are read through an encoder of their own,
+not as codes (Janus); `tables`: codes have a table and a head of their own; `experts`: they have
+MLPs of their own (MoMa); `all` of these, or `nothing`. An image tokenizer and an encoder that
+judges come first.
+
+Rates are chosen by pictures of seen concepts, and arms are compared by those of held-out
+compositions; `:score=names` does both by names instead. summary.csv has all scores either way.
 """
 
 from mmjax.config import ConfigError, parse_arg
 from mmjax.registry import nearest
 from mmjax.study import Study
 
+# What rates are chosen by, and what arms are compared by.
 SCORES = {
-    "names": "eval/names/accuracy",
-    "drawings": "eval/drawings_composition/guidance_3/R@1",
+    "drawings": ("eval/drawings/guidance_3/CLIPScore", "eval/drawings_composition/guidance_3/R@1"),
+    "names": ("eval/name_choice/accuracy", "eval/name_choice_composition/accuracy"),
 }
+OWN = dict(
+    nothing={},
+    encoder=dict(decoupled=True, encoder="Xxs"),
+    tables=dict(apart=True),
+    experts=dict(experts=True),
+    all=dict(decoupled=True, encoder="Xxs", apart=True, experts=True),
+)
 
 
 def get_study(arg: str | None = None) -> Study:
     """See the module.
 
     Args:
-      arg: score; steps, batch, eval, of the arms; seeds; before (steps of what is trained first).
+      arg: score; steps, batch, width, depth, eval, of the arms; seeds; before (steps of the image
+        tokenizer; the judge has half as many).
     """
-    arg = parse_arg(arg, score="drawings", steps=1000, batch=16, eval=100, seeds=3, before=2000)
+    arg = parse_arg(
+        arg,
+        score="drawings",
+        steps=500,
+        batch=16,
+        width=128,
+        depth=4,
+        eval=100,
+        seeds=3,
+        before=2000,
+    )
     if arg.score not in SCORES:
         raise ConfigError(f"{arg.score!r} is no score of this study; {nearest(arg.score, SCORES)}")
+    metric, score = SCORES[arg.score]
+    judge = "configs/siglip/openmoji.py:tinted,res=64,patch=16"
     return Study(
         config="configs/unified/openmoji.py",
-        axes=dict(decoupled=(False, True), apart=(False, True), experts=(False, True)),
-        metric=SCORES[arg.score],
-        rates=(1e-3, 3e-3),
+        axes=dict(own=OWN),
+        metric=metric,
+        score=score,
+        rates=(3e-3, 1e-2),
         seeds=arg.seeds,
         before=dict(
             tokenizer=f"configs/vq/openmoji.py:steps={arg.before}",
-            judge=f"configs/siglip/openmoji.py:tinted,steps={arg.before // 2}",
+            judge=f"{judge},steps={arg.before // 2}",
         ),
-        arguments=dict(steps=arg.steps, batch=arg.batch, eval=arg.eval),
+        arguments={name: arg[name] for name in ("steps", "batch", "width", "depth", "eval")},
         slurm=dict(timeout_min=120, cpus_per_task=2),
     )

@@ -31,8 +31,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
       arg: tokenizer, the run whose image tokenizer is taken; quantizer, codes, of that run; judge,
         the run of an encoder; steps, batch (rows), length (tokens of a row), lr; width, depth,
         heads; drop (dropout), apart, experts, positions (options of `UnifiedConfig`); decoupled
-        (images that are named go through an encoder, as in Janus); eval (texts and pictures of each
-        evaluation).
+        (images that are named go through an encoder, as in Janus); encoder, its size; eval (texts
+        and pictures of each evaluation).
     """
     arg = parse_arg(
         arg,
@@ -52,6 +52,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         experts=False,
         positions=True,
         decoupled=False,
+        encoder="Xs",
         eval=100,
     )
     tokenizer = vq.get_config(f"quantizer={arg.quantizer},codes={arg.codes}").model.tokenizer
@@ -85,7 +86,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if arg.decoupled:
         encoder = dict(
             image_size=side,
-            **vit_size("Xs/8"),
+            **vit_size(f"{arg.encoder}/8"),
             activation="gelu_tanh",
             norm_eps=1e-6,
             pooling="none",
