@@ -8,7 +8,7 @@ _HOMES = {
     "build": "mmjax.factory",
     "from_pretrained": "mmjax.convert",
     "save_pretrained": "mmjax.convert",
-    "load_processor": "mmjax.data.processor",
+    "load_processor": "mmjax.data.load_processor",
     "generate": "mmjax.generation",
 }
 

@@ -27,7 +27,8 @@ from mmjax import convert
 from mmjax.data.conversations import MARKER, Conversation, Turn
 from mmjax.data.image import PRESETS
 from mmjax.data.image_options import ImageOptions
-from mmjax.data.processor import check_vocabulary, load_processor
+from mmjax.data.load_processor import load_processor
+from mmjax.data.processor import check_vocabulary
 from mmjax.data.run_tokenizer import build_tokenizer
 from mmjax.data.spec import parse
 from mmjax.data.stream import ConversationMaker, Drawn

@@ -230,7 +230,7 @@ class Emu3VQ(VQGAN):
         return self._images(self.quantizer.vectors(codes))
 
     def _vectors(self, images: Array) -> Array:
-        check_sides(images, self.config.factor)
+        check_sides(images.shape[-3:-1], self.config.factor)
         frames = self.config.frames
         if images.ndim == 5 and images.shape[1] % frames:
             raise ValueError(

@@ -13,6 +13,15 @@ from mmjax.typing import Array, Bool, Float, Int
 TEXT, NEWLINE = -1, -2
 
 
+def placeholders(
+    tokens: Int[Array, "b t"], image_token: int, mask: Bool[Array, "b t"] | None
+) -> Int[Array, "b t"]:
+    """`place` where what images become stands, in order, in the places of this token."""
+    here = tokens == image_token
+    here = here if mask is None else here & mask
+    return jnp.where(here, jnp.cumsum(here, axis=1, dtype=jnp.int32) - 1, TEXT)
+
+
 class SeeingConfig:
     """Of configs with the fields `encoder`, `connector`, `features` and `class_token`, of which
     `VLMConfig` says what they mean."""
@@ -125,7 +134,4 @@ class Seeing(nnx.Module):
         return features, self.encoder.patch.grid(*size[:2])
 
     def _places(self, tokens: Array, mask: Array | None) -> Int[Array, "b t"]:
-        """Those of the placeholders, in order."""
-        here = tokens == self.config.image_token
-        here = here if mask is None else here & mask
-        return jnp.where(here, jnp.cumsum(here, axis=1, dtype=jnp.int32) - 1, TEXT)
+        return placeholders(tokens, self.config.image_token, mask)

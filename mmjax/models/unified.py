@@ -26,8 +26,10 @@ import numpy as np
 from flax import nnx
 
 from mmjax.models.lm import LM, Cache, LMConfig
+from mmjax.models.seeing import TEXT, placeholders
 from mmjax.models.tokenizers import TokenizerConfig, make_tokenizer
-from mmjax.models.vlm import TEXT, positions_of
+from mmjax.models.vlm import positions_of
+from mmjax.models.vqgan import check_sides
 from mmjax.nn import masks
 from mmjax.nn.linear import Embedding, Linear
 from mmjax.nn.mlp import ACTIVATIONS
@@ -253,14 +255,12 @@ class UnifiedOutput(NamedTuple):
       hidden: [B, T, E], what the logits are computed from.
       follows: [B, T], how many ids of an image come before what follows each token; -1: text does.
       tokens: [B, T], the stream with the ids of images at their places.
-      number: [B, T], which id of its image each token is; -1 for text, `begin` and `end`.
     """
 
     logits: Array
     hidden: Array
     follows: Array
     tokens: Array
-    number: Array
 
 
 class UnifiedCache(NamedTuple):
@@ -387,7 +387,7 @@ class Unified(nnx.Module):
             **self._routes(number),
         )
         logits = self.logits(out.hidden, follows)
-        return UnifiedOutput(logits, out.hidden, follows, tokens, number)
+        return UnifiedOutput(logits, out.hidden, follows, tokens)
 
     def fill(
         self,
@@ -403,9 +403,7 @@ class Unified(nnx.Module):
         if images is None:
             return tokens
         if place is None:
-            here = tokens == self.config.image_token
-            here = here if mask is None else here & mask
-            place = jnp.where(here, jnp.cumsum(here, axis=1, dtype=jnp.int32) - 1, TEXT)
+            place = placeholders(tokens, self.config.image_token, mask)
         ids = self.image_ids(images).reshape(images.shape[0], -1)
         found = jnp.take_along_axis(ids, jnp.maximum(place, 0), axis=1, mode="fill", fill_value=-1)
         return jnp.where(place >= 0, found, tokens)
@@ -515,11 +513,7 @@ class Unified(nnx.Module):
             vector for each row and column of its own size.
         """
         config, factor = self.config, self.config.image.tokenizer.factor
-        if height % factor or width % factor:
-            raise ValueError(
-                f"Images of {height} x {width} pixels do not make whole codes: their sides must be "
-                f"multiples of {factor}."
-            )
+        check_sides((height, width), factor)
         if config.grid_positions:
             raise ValueError(
                 f"grid_positions=True: this model knows images of {config.image.grid} codes only."
@@ -532,7 +526,7 @@ class Unified(nnx.Module):
     def _enter(
         self, tokens: Array, images: Array | None, mask: Array | None, place: Array | None
     ) -> tuple[Int[Array, "b t"], Int[Array, "b t"], Int[Array, "b t"], Float[Array, "b t e"]]:
-        """The filled stream, what `_read` says of it, and what the language model reads."""
+        """The filled stream, both that `_read` says of it, and what the language model reads."""
         tokens = self.fill(tokens, images, mask, place)
         follows, number = self._read(tokens, mask)
         return tokens, follows, number, self._embed(tokens, number)
@@ -540,7 +534,8 @@ class Unified(nnx.Module):
     def _read(
         self, tokens: Int[Array, "b t"], mask: Array | None
     ) -> tuple[Int[Array, "b t"], Int[Array, "b t"]]:
-        """`UnifiedOutput.follows` and `number` of a stream."""
+        """`UnifiedOutput.follows` of a stream, and which id of its image each token is; `TEXT` for
+        text, `begin` and `end`."""
         image = self.config.image
         begins = tokens == image.begin
         begins = begins if mask is None else begins & mask

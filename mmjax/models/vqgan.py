@@ -366,7 +366,7 @@ class VQGAN(nnx.Module):
         return self._images(self.quantizer.vectors(codes))
 
     def _vectors(self, images: Array) -> Array:
-        check_sides(images, self.config.factor)
+        check_sides(images.shape[1:3], self.config.factor)
         return self.before(self.encoder(images.astype(self.config.dtype)))
 
     def _images(self, vectors: Array) -> Array:
@@ -375,9 +375,9 @@ class VQGAN(nnx.Module):
         return self.decoder(self.after(vectors.astype(self.config.dtype)))
 
 
-def check_sides(images: Float[Array, "... h w c"], factor: int) -> None:
-    """Raises ValueError if they do not make whole codes."""
-    height, width = images.shape[-3:-1]
+def check_sides(sides: tuple[int, int], factor: int) -> None:
+    """Raises ValueError if images of this (height, width) do not make whole codes."""
+    height, width = sides
     if height % factor or width % factor:
         raise ValueError(
             f"Images of {height} x {width} pixels do not make whole codes: their sides must be "

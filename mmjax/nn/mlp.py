@@ -102,7 +102,7 @@ class Experts(nnx.Module):
     Lin et al., "MoMa: Efficient Early-Fusion Pre-training with Mixture of Modality-Aware Experts"
     (2024); Liang et al., "Mixture-of-Transformers" (2024). Nothing is routed by what is learnt, so
     that nothing need be balanced. All tokens go through all MLPs, and of each one result is taken:
-    exact, and for few kinds as quick as to sort tokens.
+    exact, at the cost of all of them.
 
     Args:
       make: makes an MLP.

@@ -14,7 +14,7 @@ from flax import nnx
 from mmjax.convert import ConversionError, from_pretrained, open_checkpoint
 from mmjax.data.image import decode, flatten
 from mmjax.data.image_processor import ImageInput
-from mmjax.data.processor import load_processor
+from mmjax.data.load_processor import load_processor
 from mmjax.data.sources import existing
 from mmjax.models import SigLIP
 from mmjax.nn.partition import activation_sharding

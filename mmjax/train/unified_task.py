@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from mmjax import losses
 from mmjax.config import ConfigError
 from mmjax.data.spec import ConversationSpec, parse
-from mmjax.data.tokenizer import Tokenizer
+from mmjax.data.tokenizer import Tokenizer, TrainedTokenizer
 from mmjax.data.visual import Codes, Decoupled
 from mmjax.models.janus import JanusConfig
 from mmjax.models.unified import UnifiedConfig
@@ -126,10 +126,11 @@ class UnifiedTokens(Task):
                     f"  config.model.image.{name}={wanted}, but {_WHERE}.layout.{name}={text!r} "
                     f"has the id {found}"
                 )
-        lowest = int(image.all_ids.min())
-        if lowest < tokenizer.vocab_size:
+        # Published tokenizers have codes as tokens of their own (Chameleon, Emu3): all, or none.
+        inside = image.all_ids < tokenizer.vocab_size
+        if inside.any() and (isinstance(tokenizer, TrainedTokenizer) or not inside.all()):
             problems.append(
-                f"  config.model.image.ids begin with {lowest}, but the tokenizer has "
+                f"  config.model.image.ids begin with {image.all_ids.min()}, but the tokenizer has "
                 f"{tokenizer.vocab_size} tokens of text: let codes come after them"
             )
         if problems:

@@ -8,7 +8,7 @@ import hf
 import numpy as np
 from PIL import Image
 
-from mmjax.data.processor import load_processor
+from mmjax.data.load_processor import load_processor
 
 transformers = hf.transformers()
 

@@ -11,7 +11,7 @@ from towers import refused
 from vlms import LANGUAGE
 
 import mmjax.convert
-from mmjax.data.processor import load_processor
+from mmjax.data.load_processor import load_processor
 from mmjax.models import Unified
 from mmjax.models.lm import QKNorm
 

@@ -18,7 +18,7 @@ import mmjax
 import mmjax.convert
 from mmjax.data.emu3 import Grid
 from mmjax.data.image import CorruptImageError
-from mmjax.data.processor import load_processor
+from mmjax.data.load_processor import load_processor
 from mmjax.data.visual import TEXT
 from mmjax.models import LM, Unified
 

@@ -11,7 +11,7 @@ from vlms import IMAGE, check
 from experiments import generate
 from mmjax.data.idefics3 import AROUND
 from mmjax.data.image_options import ProcessorConfigError
-from mmjax.data.processor import load_processor
+from mmjax.data.load_processor import load_processor
 
 transformers = hf.transformers()
 pytestmark = pytest.mark.torch

@@ -13,7 +13,7 @@ import mmjax.convert
 from mmjax.convert.families.idefics3 import regular_positions
 from mmjax.data.idefics3 import AROUND
 from mmjax.data.image_options import ProcessorConfigError
-from mmjax.data.processor import load_processor
+from mmjax.data.load_processor import load_processor
 from mmjax.data.visual import LAYOUTS
 
 transformers = hf.transformers()

@@ -18,7 +18,7 @@ import mmjax.convert
 from mmjax import params
 from mmjax.config import dataclass_from, split_name
 from mmjax.connectors import LinearConfig, PixelShuffleConfig
-from mmjax.data.processor import load_processor
+from mmjax.data.load_processor import load_processor
 from mmjax.models import MODELS, Janus
 
 transformers = hf.transformers()

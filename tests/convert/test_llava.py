@@ -17,7 +17,7 @@ import mmjax.convert
 from mmjax.config import dataclass_from, split_name
 from mmjax.connectors import LinearConfig, MLPConfig, make_connector
 from mmjax.data.image_options import ProcessorConfigError
-from mmjax.data.processor import load_processor
+from mmjax.data.load_processor import load_processor
 from mmjax.models import MODELS
 
 transformers = hf.transformers()

@@ -9,7 +9,7 @@ from vlms import IMAGE_TOKEN, LANGUAGE, VISION, Stream, check, long
 
 from mmjax.data.anyres import lay_out
 from mmjax.data.image_options import ProcessorConfigError
-from mmjax.data.processor import load_processor
+from mmjax.data.load_processor import load_processor
 from mmjax.data.visual import LAYOUTS
 
 transformers = hf.transformers()

@@ -20,8 +20,8 @@ from mmjax import params
 from mmjax.convert.load import structure
 from mmjax.convert.table import lay_out, rename
 from mmjax.data.image_options import ProcessorConfigError
+from mmjax.data.load_processor import load_processor
 from mmjax.data.mllama import shapes
-from mmjax.data.processor import load_processor
 from mmjax.data.visual import LAYOUTS
 from mmjax.generation import Generator
 from mmjax.models import LM, Mllama

@@ -8,7 +8,7 @@ from towers import long, refused
 from vlms import IMAGE_TOKEN, LANGUAGE, VISION, Stream, check
 
 from mmjax.data.image_options import ProcessorConfigError
-from mmjax.data.processor import load_processor
+from mmjax.data.load_processor import load_processor
 
 transformers = hf.transformers()
 pytestmark = pytest.mark.torch

@@ -8,7 +8,8 @@ from PIL import Image
 from samples import picture
 from test_tokenizer import clip_directory
 
-from mmjax.data.processor import check_vocabulary, load_processor
+from mmjax.data.load_processor import load_processor
+from mmjax.data.processor import check_vocabulary
 from mmjax.patches import Patches
 from mmjax.registry import UnknownNameError
 
