@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmjax.data.conversations import Asked, Questioning, read_image
+from mmjax.data.conversations import Asked, read_image
+from mmjax.data.forms import Questioning
 from mmjax.data.image import CorruptImageError
 from mmjax.data.loader import Watch
 from mmjax.data.pipeline import Skipped, read_record

@@ -12,7 +12,7 @@ from typing import Any
 
 from mmjax.config import split_name
 from mmjax.data.augment import AUGMENTATIONS, Augmentation
-from mmjax.data.conversations import FORMS, Form
+from mmjax.data.forms import FORMS, Form
 from mmjax.data.image import PRESETS
 from mmjax.data.visual import LAYOUTS, Layout
 from mmjax.registry import Registry, UnknownNameError, nearest

@@ -38,6 +38,9 @@ def test_documents_of_images_and_texts():
     assert document.images == (b"1", b"2", b"3")
     first = make_form(dict(name="interleaved", images=1))(record, "r", None)
     assert first.turns[0].parts == ("a", 0, "b\n\nc") and first.images == (b"1",)
+    drawn = make_form(dict(name="interleaved", drawn=True))(record, "r", None)
+    assert drawn.turns[0].parts == ("a", 0, "b\n\nc", 1, 2, "d", 3)
+    assert drawn.images == (b"1", b"2", b"3", b"4")
     record = {
         "text_list": ["one.", "two.", "three."],
         "image_info": [matched(2, 0.3, b"c"), matched(1, 0.24, b"b"), matched(0, 0.23, b"a")],
