@@ -16,9 +16,9 @@ from mmjax.data.image import CorruptImageError
 from mmjax.data.loader import Watch
 from mmjax.data.pipeline import Skipped, read_record
 from mmjax.data.records import BadRecordError
+from mmjax.data.samples import Drawn, SampleMaker
 from mmjax.data.sources import open_source
 from mmjax.data.spec import LoadingSpec, parse
-from mmjax.data.stream import ConversationMaker, Drawn
 from mmjax.data.tokenizer import Tokenizer
 from mmjax.data.visual import visual_tokens
 
@@ -69,7 +69,7 @@ class Questions:
     when all have been seen.
     """
 
-    def __init__(self, maker: ConversationMaker, limit: int | None):
+    def __init__(self, maker: SampleMaker, limit: int | None):
         self._maker = maker
         self._limit = limit
         self._ends = np.cumsum([len(source) for source in maker.sources]).tolist()
@@ -216,6 +216,6 @@ def open_questions(
             )
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} asks nothing: give 1 or more, or None for all questions.")
-    maker = ConversationMaker(spec, [open_source(s)[0] for s in spec.sources], tokenizer)
+    maker = SampleMaker(spec, [open_source(s)[0] for s in spec.sources], tokenizer)
     maker.check()
     return Questions(maker, limit)

@@ -30,8 +30,8 @@ from mmjax.data.image_options import ImageOptions
 from mmjax.data.load_processor import load_processor
 from mmjax.data.processor import check_vocabulary
 from mmjax.data.run_tokenizer import build_tokenizer
+from mmjax.data.samples import Drawn, SampleMaker
 from mmjax.data.spec import parse
-from mmjax.data.stream import ConversationMaker, Drawn
 from mmjax.data.tokenizer import Tokenizer
 from mmjax.data.vlm_processor import VLMProcessor
 from mmjax.evaluate.likelihood import Likelihood, answer_arrays, answer_log_probs
@@ -403,7 +403,7 @@ class RunSpeech:
             lengths=(),
             too_long="skip",
         )
-        self._maker = ConversationMaker(dataclasses.replace(spec, conversation=said), [], tokenizer)
+        self._maker = SampleMaker(dataclasses.replace(spec, conversation=said), [], tokenizer)
         self._tokenizer = tokenizer
         end = self._maker.learnt(self._maker.render(_ANSWER))[-1]
         self.ends = sorted({int(end), tokenizer.eos_id} - {None})
