@@ -38,6 +38,11 @@ class AmongOthers(QuestionEvaluator):
         super().__post_init__()
         if self.others < 1:
             raise ValueError(f"others={self.others} leaves nothing to choose from: give 1 or more.")
+        if self.others_from is None and self.limit is not None and self.limit <= self.others:
+            raise ValueError(
+                f"limit={self.limit}: beside each question there are not others={self.others}. "
+                "Lower that, raise `limit`, or give `others_from`."
+            )
 
     def run(self, params: Params) -> dict[str, float]:
         """See `QuestionEvaluator`, and `chance/accuracy`."""

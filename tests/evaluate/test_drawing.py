@@ -336,8 +336,10 @@ def test_the_true_name_among_others(context, named, tokenizer):
 
 def test_others_may_be_of_other_data(context, named, root, tokenizer):
     context, _ = context
-    few = evaluator(context, "name_choice", named, others=4, limit=3)
-    with pytest.raises(ValueError, match=r"others=4.*only 2 questions have other answers"):
+    with pytest.raises(ValueError, match=r"limit=3: beside each question there are not others=4"):
+        evaluator(context, "name_choice", named, others=4, limit=3)
+    few = evaluator(context, "name_choice", named, others=len(NAMES))
+    with pytest.raises(ValueError, match=r"others=\d+.*only \d+ questions have other answers"):
         few.run({})
     more = evaluator(context, "name_choice", named, others=4, limit=3, others_from=named)
     questions = list(open_questions(named, tokenizer, 3))
