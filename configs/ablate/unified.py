@@ -34,8 +34,8 @@ def get_study(arg: str | None = None) -> Study:
     """See the module.
 
     Args:
-      arg: score; steps, batch, width, depth, eval, of the arms; seeds; before (steps of the image
-        tokenizer; the judge has half as many).
+      arg: score; steps, batch, width, depth, eval, of the arms; seeds; tokenizer, judge, the steps
+        of what comes first.
     """
     arg = parse_arg(
         arg,
@@ -46,7 +46,8 @@ def get_study(arg: str | None = None) -> Study:
         depth=4,
         eval=100,
         seeds=3,
-        before=2000,
+        tokenizer=2000,
+        judge=900,
     )
     if arg.score not in SCORES:
         raise ConfigError(f"{arg.score!r} is no score of this study; {nearest(arg.score, SCORES)}")
@@ -60,8 +61,8 @@ def get_study(arg: str | None = None) -> Study:
         rates=(3e-3, 1e-2),
         seeds=arg.seeds,
         before=dict(
-            tokenizer=f"configs/vq/openmoji.py:steps={arg.before}",
-            judge=f"{judge},steps={arg.before // 2}",
+            tokenizer=f"configs/vq/openmoji.py:steps={arg.tokenizer}",
+            judge=f"{judge},steps={arg.judge}",
         ),
         arguments={name: arg[name] for name in ("steps", "batch", "width", "depth", "eval")},
         slurm=dict(timeout_min=120, cpus_per_task=2),
