@@ -122,7 +122,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         source("tinted", "train", name, 0.5, (dict(name="icon_view") | keep,)),
         pack=True,
     )
-    every = max(arg.steps // 3, 1)
+    every = -(-arg.steps // 3)  # the last of three is the end
 
     def views(dataset: str, split: str, **form) -> dict:
         return data(source(dataset, split, name | form))
