@@ -66,7 +66,10 @@ def test_killed_at_five_moments(tmp_path, finished, cache, seed):
     check_killed(tmp_path / "run", finished, kills=5, seed=seed, cache=cache)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "number, code",
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_signals(tmp_path, finished, cache, number, code):
     """SIGTERM and Ctrl-C save and say how to go on; resuming is exact."""
     workdir = tmp_path / "run"

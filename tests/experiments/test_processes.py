@@ -44,7 +44,7 @@ def test_metrics_are_written_once(pair):
     assert start["processes"] == 2 and start["devices"] == ["8 x cpu"]
 
 
-@pytest.mark.parametrize("signalled", [(0, 1), (1,)])
+@pytest.mark.parametrize("signalled", [pytest.param((0, 1), marks=pytest.mark.slow), (1,)])
 def test_sigterm_to_two_processes(tmp_path, cache, signalled):
     """Whichever process hears of it, all save the same step and leave; one process goes on."""
     workdir = tmp_path / "run"

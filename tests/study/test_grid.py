@@ -180,7 +180,9 @@ def test_studies_of_this_repository_can_be_run(file, monkeypatch):
     assert len(plan(study)) > 1 and study.seeds >= 3
 
 
-@pytest.mark.parametrize(("size", "arms"), [("", 17), ("smoke", 8), ("full", 8)])
+@pytest.mark.parametrize(
+    ("size", "arms"), [("", 17), ("smoke", 8), pytest.param("full", 8, marks=pytest.mark.slow)]
+)
 def test_the_study_of_connectors(size, arms, monkeypatch):
     pytest.importorskip("gguf")
     monkeypatch.chdir(ROOT)
