@@ -6,6 +6,7 @@ import io
 import json
 
 import fakes
+import hf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -529,15 +530,15 @@ def test_mistakes_are_told(context, drawn, named, encoder):
         drawings(blind, drawn).run(towers)
 
 
+@pytest.mark.torch
 def test_an_encoder_that_embeds_no_texts(context, drawn, tmp_path):
-    from transformers import ViTConfig, ViTModel
-
+    transformers = hf.transformers()
     context, _ = context
-    config = ViTConfig(
+    config = transformers.ViTConfig(
         image_size=16, patch_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
         intermediate_size=8,
     )  # fmt: skip
-    ViTModel(config).save_pretrained(tmp_path / "vit")
+    transformers.ViTModel(config).save_pretrained(tmp_path / "vit")
     with pytest.raises(ConversionError, match="ViT, which does not put images and texts"):
         drawings(context, drawn, encoder=str(tmp_path / "vit"))
     with pytest.raises(ConversionError, match="There is no"):
