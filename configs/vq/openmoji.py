@@ -7,7 +7,7 @@ python -m experiments.train --config configs/vq/openmoji.py --workdir runs/vq
 The unified model of configs/unified/openmoji.py draws with it. A discriminator joins in a second
 stage, which starts from the first:
 
-... --config configs/vq/openmoji.py:adversarial=0.1,start=runs/vq
+... --config configs/vq/openmoji.py:adversarial=0.02,lr=1e-3,start=runs/vq
 """
 
 import json
