@@ -138,9 +138,9 @@ class Template:
                     yield part, True
                 # An image without its text is also how a caption is asked for: that an end follows
                 # must not be learnt.
-                ends = len(turns) > 1 or any(isinstance(part, str) for part in said)
+                alone = len(turns) == 1 and not turn.text.strip()
                 for part in end:
-                    yield part, ends
+                    yield part, not alone
                 yield from _unlearnt(self.between)
 
     def _chunks(self, said: tuple[str | Picture, ...]) -> Iterator[Part]:

@@ -224,9 +224,11 @@ def test_padding_and_neighbours_do_not_matter(decoding):
     among = call(other, jnp.where(own, decoder_tokens, 6), mask)
     np.testing.assert_allclose(among[1], together[1], atol=1e-5)
     np.testing.assert_allclose(prefill(other, mask)[0][1], prefill(tokens, mask)[0][1], atol=1e-5)
-    # Alone and without padding. Logits are up to 11, and sums of another length round otherwise.
+    # Alone and without padding: sums of another length round otherwise, by the size of what is
+    # summed. On one kind of CPU 1.1e-5 was seen beside logits of 11.
     alone = call(tokens[1:2, 5:], decoder_tokens[1:2])
-    np.testing.assert_allclose(alone[0], together[1], rtol=1e-5, atol=1e-5)
+    largest = float(jnp.abs(together[1]).max())
+    np.testing.assert_allclose(alone[0], together[1], rtol=0, atol=2e-6 * largest)
 
 
 def test_selected_rows_of_a_cache_go_on_as_their_texts(decoding):

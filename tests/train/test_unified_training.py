@@ -10,9 +10,11 @@ import hf
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from functional import QUICK, random_values
 from ml_collections import ConfigDict
 from PIL import Image
+from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
@@ -22,7 +24,7 @@ from samples import data as loading
 from mmjax import sharding
 from mmjax.config import ConfigError
 from mmjax.data import open_train
-from mmjax.data.tokenizer import train_tokenizer
+from mmjax.data.tokenizer import HFTokenizer, train_tokenizer
 from mmjax.models.vlm import TEXT
 from mmjax.params import merge
 from mmjax.train import loop
@@ -357,7 +359,16 @@ def test_data_that_do_not_fit_the_model(one_device, options, said):
         task.check(model_dataclass(MODEL), ConfigDict(dict(train=wrong)))
 
 
-def test_a_tokenizer_that_does_not_go_with_the_vocabulary(one_device, words):
+def published(words, codes, directory):
+    """The same words as a directory of transformers, with tokens for so many codes after them."""
+    backend = tokenizers.Tokenizer.from_str(words.backend.to_str())
+    backend.add_tokens([f"<code {number}>" for number in range(codes)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+    fast.save_pretrained(directory)
+    return HFTokenizer(str(directory))
+
+
+def test_a_tokenizer_that_does_not_go_with_the_vocabulary(one_device, words, tmp_path):
     task, train = UnifiedTokens(one_device), ConfigDict(dict(train=stream("x", DRAW)))
     model = model_dataclass(MODEL)
     task.check_tokenizer(model, train, words)
@@ -367,6 +378,13 @@ def test_a_tokenizer_that_does_not_go_with_the_vocabulary(one_device, words):
     low = dataclasses.replace(model, image=dataclasses.replace(model.image, ids=8))
     with pytest.raises(ConfigError, match=r"ids begin with 8, but the tokenizer has \d+ tokens"):
         task.check_tokenizer(low, train, words)
+    # A published one may have tokens for codes: for all of them.
+    after = dataclasses.replace(model.image, ids=words.vocab_size)
+    model = dataclasses.replace(model, image=after)
+    task.check_tokenizer(model, train, published(words, after.size, tmp_path / "all"))
+    some = published(words, after.size - 1, tmp_path / "some")
+    with pytest.raises(ConfigError, match=r"ids begin with \d+, but the tokenizer has \d+ tokens"):
+        task.check_tokenizer(model, train, some)
 
 
 def test_weights_below_nothing(one_device):
