@@ -32,7 +32,15 @@ SKIP = [dict(connector=name, tokens=tokens) for name in KEEPS for tokens in TOKE
 SECOND_BUDGET = [dict(tokens=TOKENS[0])]
 
 SIZES = {
-    "": dict(steps=250, batch=8, rates=(1e-3, 3e-3), seeds=3, eval=300, encoder=400, reader=1500),
+    "": dict(
+        steps=250,
+        batch=8,
+        rates=(5e-4, 1e-3, 2e-3),
+        seeds=3,
+        eval=300,
+        encoder=400,
+        reader=1500,
+    ),
     "smoke": dict(steps=2, batch=2, rates=(1e-3,), seeds=1, eval=4, encoder=2, reader=2),
     "full": dict(steps=300, batch=16, rates=(3e-4, 1e-3), seeds=3, eval=400, encoder=800),
 }

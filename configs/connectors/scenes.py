@@ -84,9 +84,9 @@ def _averaged(name: str, **options: Any) -> Callable[[int, int], dict[str, Any]]
     return make
 
 
-def _perceiver(tokens: int, grid: int, **options: Any) -> dict[str, Any]:
-    return dict(
-        name="perceiver", latents=tokens, depth=2, heads=4, head_dim=32, mlp_ratio=2, **options
+def _perceiver(depth: int) -> Callable[[int, int], dict[str, Any]]:
+    return lambda tokens, grid: dict(
+        name="perceiver", latents=tokens, depth=depth, heads=4, head_dim=32, mlp_ratio=2
     )
 
 
@@ -97,13 +97,13 @@ CONNECTORS: dict[str, Callable[[int, int], dict[str, Any]]] = {
     "pooling": _averaged("pooling", projection=_mlp(1024)),
     "pixel_shuffle": _pixel_shuffle,
     "c_abstractor": _averaged("c_abstractor", width=144, depth=2),
-    "perceiver": _perceiver,
+    "perceiver": _perceiver(2),
     "qformer": lambda tokens, grid: dict(
         name="qformer", queries=tokens, width=112, depth=2, heads=4, mlp_width=128, cross_every=1
     ),
     # Gated cross-attention between the language model's blocks, as Flamingo: its visual tokens are
-    # a resampler's.
-    "cross_attention": _perceiver,
+    # those of a resampler, which is smaller by what the gated block has.
+    "cross_attention": _perceiver(1),
 }
 
 
@@ -170,7 +170,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     if crosses:
         model |= dict(
-            name="flamingo", gated=dict(heads=4, head_dim=32, mlp_width=256), every=2, after=0
+            name="flamingo", gated=dict(heads=4, head_dim=32, mlp_width=256), every=4, after=0
         )
     # What is asked of a scene has twelve tokens a question, at most seventeen; of these, seven are
     # learnt at most.

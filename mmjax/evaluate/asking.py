@@ -249,6 +249,11 @@ class QuestionEvaluator(Evaluator):
                     entry = {"id": question.id, "group": question.group, "question": question.text}
                     entry |= {"right": question.answers, main: float(scores[MODEL][row])}
                     entry |= {name: said(name, row) for name in conditions}
+                    entry |= {
+                        f"{name}/{main}": float(scores[name][row])
+                        for name in conditions
+                        if name != MODEL and responses[name][row] is not None
+                    }
                     file.write(json.dumps(entry, ensure_ascii=False) + "\n")
         if self.sheet is not None:
             judged = main in self.scoring.shares
