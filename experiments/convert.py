@@ -1,10 +1,16 @@
 """Convert checkpoints: Hugging Face directories, GGUF files and Orbax checkpoints.
 
     python -m experiments.convert --source DIR --target NEW_DIR [--to hf|orbax|peft] [--verify]
+    python -m experiments.convert --source checkpoint.safetensors --language-model DIR \\
+        --image-encoder DIR --target NEW_DIR                           # OpenFlamingo's; and back:
+    python -m experiments.convert --source DIR --target mine.safetensors --to openflamingo
 
 The source is a directory of Hugging Face format, a GGUF file, the work directory of a run, or what
 this command wrote as Orbax. By default the target has the other format (of a GGUF file: hf).
-An Orbax target has the layout of a work directory, so that `config.init` can name it.
+An Orbax target has the layout of a work directory, so that `config.init` can name it, and
+`experiments.generate` speaks to it where the source had a tokenizer.
+A checkpoint of OpenFlamingo has what was trained; the rest is in the directories of its language
+model and of CLIP.
 Adapters (LoRA) of a run, or of a directory of PEFT given as --adapter, are merged into the model;
 --to peft writes the adapters alone, as PEFT loads them.
 --verify compares with transformers, layer by layer, and fails where they differ.
@@ -22,19 +28,26 @@ from pathlib import Path
 import mmjax
 from experiments import common
 from mmjax.config import ConfigError
-from mmjax.convert import load_adapter, save_adapter
+from mmjax.convert import (
+    load_adapter,
+    load_openflamingo,
+    save_adapter,
+    save_openflamingo,
+)
+from mmjax.data.openflamingo import write_processor
 from mmjax.data.sources import existing
 from mmjax.train.handover import is_run
-from mmjax.train.runs import MODEL, read_run
-
-TOKENIZER = "tokenizer"  # in a work directory
+from mmjax.train.runs import COMPANIONS, MODEL, read_run
 
 
 def main(argv: Sequence[str] | None) -> int:
     parser = common.plain_parser(__doc__)
     parser.add_argument("--source", required=True, help="directory, or .gguf file")
     parser.add_argument("--target", help="a new directory; may be left out with --verify")
-    parser.add_argument("--to", choices=("hf", "orbax", "peft"), help="format of the target")
+    formats = ("hf", "orbax", "peft", "openflamingo")
+    parser.add_argument("--to", choices=formats, help="format of the target")
+    parser.add_argument("--language-model", help="directory; of a checkpoint of OpenFlamingo")
+    parser.add_argument("--image-encoder", help="directory of its CLIP")
     parser.add_argument("--adapter", help="directory of PEFT whose adapters the model is given")
     parser.add_argument("--base", help="name of the base model for --to peft; the source's origin")
     parser.add_argument("--architecture", help="class in transformers to save as, e.g. CLIPModel")
@@ -50,13 +63,23 @@ def main(argv: Sequence[str] | None) -> int:
         raise ConfigError("--verify compares whole models: leave out --adapter and --to peft.")
     if args.base is not None and args.to != "peft":
         raise ConfigError("--base is named by what --to peft writes: leave it out.")
+    parts = (args.language_model, args.image_encoder)
+    if any(parts) and not all(parts):
+        raise ConfigError("Give both --language-model and --image-encoder.")
+    if args.verify and (any(parts) or args.to == "openflamingo"):
+        raise ConfigError("--verify compares with transformers, which has no OpenFlamingo.")
     source = Path(args.source)
     run = is_run(source)
-    to = args.to or ("orbax" if source.is_dir() and not run else "hf")
+    to = args.to or ("orbax" if any(parts) or (source.is_dir() and not run) else "hf")
     target = None if args.target is None else Path(args.target)
     if target is not None:
         _check_target(source, target, overwrite=args.overwrite)
-    model = read_run(source, merged=to != "peft") if run else mmjax.from_pretrained(source)
+    if all(parts):
+        model = load_openflamingo(source, *parts)
+    elif run:
+        model = read_run(source, merged=to != "peft")
+    else:
+        model = mmjax.from_pretrained(source)
     if args.adapter is not None:
         load_adapter(model, args.adapter, architecture=args.architecture)
     if to == "peft":
@@ -69,8 +92,10 @@ def main(argv: Sequence[str] | None) -> int:
             architecture=args.architecture,
             overwrite=args.overwrite,
         )
+    elif to == "openflamingo":
+        save_openflamingo(model, target, dtype=args.dtype, overwrite=args.overwrite)
     elif target is not None:
-        with _companions(source, args.like) as companions:
+        with _companions(args) as companions:
             if to == "orbax":
                 write_orbax(model, target, args.dtype, companions)
             else:
@@ -119,27 +144,32 @@ def write_orbax(model, directory: Path, dtype: str | None, companions: Path | No
         text = json.dumps(content, indent=2, sort_keys=True) + "\n"
         (scratch / MODEL).write_text(text, encoding="utf-8")
         if companions is not None:
-            copy_companions(companions, scratch / TOKENIZER)
+            copy_companions(companions, scratch / COMPANIONS)
 
 
 @contextlib.contextmanager
-def _companions(source: Path, like: str | None) -> Iterator[Path | None]:
-    """A directory with tokenizer and processor files; None where the source has none of its own."""
-    if like is not None:
-        yield existing(like, "--like")
+def _companions(args: argparse.Namespace) -> Iterator[Path]:
+    """A directory with what there is of tokenizer and processor files."""
+    source = Path(args.source)
+    if args.like is not None:
+        yield existing(args.like, "--like")
+    elif args.language_model is not None:
+        with tempfile.TemporaryDirectory() as scratch:
+            write_processor(args.language_model, args.image_encoder, Path(scratch))
+            yield Path(scratch)
     elif source.is_file():
         from mmjax.convert.gguf_tokenizer import read_tokenizer
 
         with tempfile.TemporaryDirectory() as scratch:
             read_tokenizer(source).save_pretrained(scratch)
             yield Path(scratch)
-    elif (source / TOKENIZER).is_dir():
-        yield source / TOKENIZER
+    elif (source / COMPANIONS).is_dir():
+        yield source / COMPANIONS
     else:
         yield source
 
 
-def _to_hf(model, target: Path, args: argparse.Namespace, companions: Path | None) -> None:
+def _to_hf(model, target: Path, args: argparse.Namespace, companions: Path) -> None:
     mmjax.save_pretrained(
         model,
         target,

@@ -32,7 +32,7 @@ from mmjax import rules as rule_tables
 from mmjax.connectors import PerceiverConfig
 from mmjax.convert import files
 from mmjax.convert.families import _vlm
-from mmjax.convert.family import Family
+from mmjax.convert.family import Family, Origin
 from mmjax.convert.kinds import ARRAY, LINEAR, NORM, Kind, Leaf, Transform, array, fused
 from mmjax.convert.load import Checkpoint, load, open_checkpoint, placement, with_fields
 from mmjax.convert.save import difference, item, refuse_existing
@@ -130,7 +130,7 @@ def load_openflamingo(
     }
     tensors = _Joined(str(checkpoint), parts)
     joined = Checkpoint(
-        origin=text.origin,
+        origin=Origin("OpenFlamingo", "{}", str(checkpoint)),
         family=FORMAT,
         config=with_fields(config, dtype=dtype.name),
         tensors=tensors,

@@ -47,7 +47,9 @@ _CLASS_OF_MODEL = {
 }
 
 
-def load_processor(directory: str | os.PathLike) -> Processor:
+def load_processor(
+    directory: str | os.PathLike, *, config: Mapping[str, Any] | None = None
+) -> Processor:
     """The preprocessing that belongs to the model in a Hugging Face directory.
 
     Reads `processor_config.json` or `preprocessor_config.json` for images, and the tokenizer's
@@ -64,6 +66,10 @@ def load_processor(directory: str | os.PathLike) -> Processor:
     - IdeficsProcessor lets what follows an end token see no image before the next one; here it sees
       the last one.
 
+    Args:
+      directory: see above.
+      config: the model's, where the directory has no `config.json`.
+
     Raises:
       DataNotFoundError: no such directory, or nothing of a processor in it.
       UnknownNameError: an image processor class, or an option, that is not known; names the known.
@@ -73,12 +79,9 @@ def load_processor(directory: str | os.PathLike) -> Processor:
     path = existing(directory, "The model directory")
     if not path.is_dir():
         raise DataNotFoundError(f"{path} is a file; a model directory is expected.")
-    config = _read_json(path / "config.json") or {}
-    processor = _read_json(path / "processor_config.json") or {}
-    # Transformers 5 writes everything into one file; older versions, and image processors without a
-    # tokenizer, have preprocessor_config.json.
-    images = processor.get("image_processor")
-    images = _read_json(path / "preprocessor_config.json") if images is None else images
+    if config is None:
+        config = _read_json(path / "config.json") or {}
+    processor, images = read_settings(path)
     has_text = any((path / name).exists() for name in HF_TOKENIZER_FILES)
     if images is None and not has_text:
         raise DataNotFoundError(
@@ -97,6 +100,20 @@ def load_processor(directory: str | os.PathLike) -> Processor:
             template = (_read_json(path / "chat_template.json") or {}).get("chat_template")
             return VLMProcessor(path, name, facts, config, template)
     return Processor(path, ImageProcessor(kind, images), tokenizer, config)
+
+
+def read_settings(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """What a directory's `processor_config.json` says, and the options of its image processor.
+
+    Raises:
+      ProcessorConfigError: files that are no JSON objects.
+    """
+    processor = _read_json(path / "processor_config.json") or {}
+    # Transformers 5 writes everything into one file; older versions, and image processors without a
+    # tokenizer, have preprocessor_config.json.
+    images = processor.get("image_processor")
+    images = _read_json(path / "preprocessor_config.json") if images is None else images
+    return processor, images
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

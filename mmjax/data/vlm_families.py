@@ -320,6 +320,13 @@ def _idefics(facts: Facts) -> Sight:
     )
 
 
+@PROCESSORS.register("OpenFlamingoProcessor")  # as `mmjax.data.openflamingo` writes it
+def _openflamingo(facts: Facts) -> Sight:
+    images = ImageProcessor(facts.kind, facts.images)
+    side = square_side(images)
+    return Sight(images, (side, side), 1, _whole(1), id_field=None)
+
+
 @PROCESSORS.register("ChameleonProcessor")
 def _chameleon(facts: Facts) -> Sight:
     images, named = ImageProcessor(facts.kind, facts.images), facts.tokenizer.special_tokens_map

@@ -467,8 +467,10 @@ def open_speaker(
     """The model in a directory, ready to be spoken to.
 
     Args:
-      weights: a directory of Hugging Face format, a GGUF file, or the work directory of a run.
-      dtype: of the computation; float32 if None. A run computes in the type of its config.
+      weights: a directory of Hugging Face format, a GGUF file, the work directory of a run, or what
+        `experiments.convert` wrote as Orbax.
+      dtype: of the computation; float32 if None. What is of Orbax computes in the type of its
+        config.
       mesh: devices to generate on.
 
     Raises:
@@ -476,26 +478,30 @@ def open_speaker(
     """
     path = Path(weights).expanduser()
     if (path / "checkpoints").is_dir():
-        return _open_run(path, dtype, mesh)
+        return _open_orbax(path, dtype, mesh)
     model = convert.from_pretrained(path, dtype=dtype or "float32", mesh=mesh)
-    if not hasattr(model, "encoder_decoder"):
-        raise ValueError(f"{path} holds a model that writes no text: {type(model).__name__}.")
     if path.is_file():
         from mmjax.convert.gguf_tokenizer import read_tokenizer
 
         return Speaker(model, _tokenizer_speech(path, model, read_tokenizer(path)), mesh=mesh)
-    processor = load_processor(path)
+    return Speaker(model, _hf_speech(path, model), mesh=mesh)
+
+
+def _hf_speech(path: Path, model: nnx.Module) -> Speech:
+    """By the files of tokenizer and processor in a directory, which need not have the model's."""
+    if not hasattr(model, "encoder_decoder"):
+        raise ValueError(f"{path} holds a model that writes no text: {type(model).__name__}.")
+    processor = load_processor(path, config=_config_of(model))
     if processor.tokenizer is None:
         raise ValueError(f"{path} holds no tokenizer, so that it can read no prompt.")
     if not model.takes_images:
-        return Speaker(model, _tokenizer_speech(path, model, processor.tokenizer), mesh=mesh)
+        return _tokenizer_speech(path, model, processor.tokenizer)
     if not isinstance(processor, VLMProcessor):
         raise ValueError(
             f"{path} holds a model that sees, but nothing that prepares images for it: its "
             "processor_config.json (or preprocessor_config.json) is missing."
         )
-    ends = end_tokens(path, model, processor.tokenizer)
-    return Speaker(model, ProcessorSpeech(processor, ends), mesh=mesh)
+    return ProcessorSpeech(processor, end_tokens(path, model, processor.tokenizer))
 
 
 def _tokenizer_speech(path: Path, model: nnx.Module, tokenizer: Any) -> TokenizerSpeech:
@@ -503,26 +509,30 @@ def _tokenizer_speech(path: Path, model: nnx.Module, tokenizer: Any) -> Tokenize
     return TokenizerSpeech(tokenizer, end_tokens(path, model, tokenizer))
 
 
-def _open_run(directory: Path, dtype: str | None, mesh: Mesh | None) -> Speaker:
-    from mmjax.train.runs import CONFIG, read_run
+def _open_orbax(directory: Path, dtype: str | None, mesh: Mesh | None) -> Speaker:
+    """A run, which says how it was trained; or a converted model with the files of another."""
+    from mmjax.train.runs import COMPANIONS, CONFIG, read_run
 
     if dtype is not None:
-        raise ValueError("A run computes in the type of its config: leave dtype out.")
-    if not (directory / CONFIG).is_file():
+        raise ValueError("What is of Orbax computes in the type of its config: leave dtype out.")
+    if (directory / CONFIG).is_file():
+        data = json.loads((directory / CONFIG).read_text("utf-8"))["data"]
+        speech = RunSpeech(data["train"], build_tokenizer(data, directory))
+        return Speaker(read_run(directory), speech, mesh=mesh)
+    if not (directory / COMPANIONS).is_dir():
         raise ValueError(
-            f"{directory} holds weights alone (what experiments.convert wrote as Orbax): give the "
-            "directory of Hugging Face format, or the work directory of the run."
+            f"{directory} holds weights alone: convert them again from a directory that has the "
+            "files of a tokenizer too, or name one with --like."
         )
-    data = json.loads((directory / CONFIG).read_text("utf-8"))["data"]
-    speech = RunSpeech(data["train"], build_tokenizer(data, directory))
-    return Speaker(read_run(directory), speech, mesh=mesh)
+    model = read_run(directory)
+    return Speaker(model, _hf_speech(directory / COMPANIONS, model), mesh=mesh)
 
 
 def end_tokens(weights: Path, model: nnx.Module, tokenizer: Any) -> list[int]:
     """The tokens that end a text: of the generation config, else of the config or tokenizer."""
     settings = Path(weights) / "generation_config.json"
     generation = json.loads(settings.read_text("utf-8")) if settings.exists() else {}
-    config = json.loads(model.origin.config)
+    config = _config_of(model)
     said = [
         generation.get("eos_token_id"),
         config.get("eos_token_id"),
@@ -531,3 +541,9 @@ def end_tokens(weights: Path, model: nnx.Module, tokenizer: Any) -> list[int]:
     ]
     ends = next((ids for ids in said if ids is not None), [])
     return ends if isinstance(ends, list) else [ends]
+
+
+def _config_of(model: nnx.Module) -> dict[str, Any]:
+    """Content of the config.json that a model came with; nothing where it had none."""
+    origin = vars(model).get("origin")
+    return {} if origin is None else json.loads(origin.config)

@@ -21,6 +21,8 @@ from mmjax.train.checkpoints import restore_params
 # Describes a model whose checkpoint is of no run: experiments.convert writes it.
 MODEL = "model.json"
 CONFIG = "config.json"
+# Has the files of its tokenizer and processor; of a run, the tokenizer that it trained.
+COMPANIONS = "tokenizer"
 
 
 def read_run(directory: Path, *, merged: bool = True) -> nnx.Module:

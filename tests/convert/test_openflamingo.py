@@ -5,6 +5,7 @@ without what it asks for.
 """
 
 import dataclasses
+import importlib
 import sys
 import types
 from typing import Any, NamedTuple
@@ -19,7 +20,10 @@ from towers import long, same_parameters
 from vlms import IMAGE, NEW_TOKENS, VISION, forward, greedy, stream
 
 import mmjax.convert
+from experiments import convert
+from mmjax.config import ConfigError
 from mmjax.convert import ConversionError, load_openflamingo, save_openflamingo
+from mmjax.evaluate.chat import open_speaker
 
 transformers = hf.transformers()
 torch = pytest.importorskip("torch")
@@ -68,6 +72,9 @@ class Case(NamedTuple):
 @pytest.fixture(scope="module")
 def package():
     """open_flamingo, with empty modules for what it imports and is not used here."""
+    # Else these look for wandb while it is an empty module.
+    importlib.import_module("transformers.modeling_utils")
+
     names = ("open_clip", "wandb")
     absent = [name for name in names if name not in sys.modules]
     sys.modules.update({name: types.ModuleType(name) for name in absent})
@@ -250,3 +257,46 @@ def test_what_it_cannot_say(model, tmp_path):
         finally:
             model.config = config
     assert not list(tmp_path.iterdir())
+
+
+def test_the_commands(case, model, tmp_path):
+    """To Orbax, with what prompts and images need, and back."""
+    trained, text, clip = case.paths
+    side = VISION["image_size"]
+    images = transformers.CLIPImageProcessorPil(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+    )
+    images.save_pretrained(clip)
+    ours, back = tmp_path / "ours", tmp_path / "back.safetensors"
+    parts = ["--language-model", str(text), "--image-encoder", str(clip)]
+    assert convert.main(["--source", str(trained), *parts, "--target", str(ours)]) == 0
+    to = ["--to", "openflamingo", "--target", str(back)]
+    assert convert.main(["--source", str(ours), *to]) == 0
+    before = load_file(trained)
+    for name, value in load_file(back).items():
+        np.testing.assert_array_equal(value, before[name], err_msg=name)
+
+    speaker = open_speaker(ours)
+    same_parameters(speaker.model, model)
+    assert speaker.speech.ends == [OWN]
+    # As the package's factory does it.
+    tokenizer = processors.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|endofchunk|>", "<image>"]})
+    shown = [processors.picture(0, 30, 40), processors.picture(1, 50, 26)]
+    words = "<image>a red dog<|endofchunk|><image>a cat:"
+    prompt = speaker.speech.text(words, shown)
+    assert prompt.ids.tolist() == tokenizer(words)["input_ids"]
+    assert prompt.place.tolist() == [-1, 0, -1, -1, -1, -1, 1, -1, -1, -1]
+    expected = images(shown, return_tensors="np")["pixel_values"].transpose(0, 2, 3, 1)
+    np.testing.assert_array_equal(prompt.images, expected)
+    result = speaker([prompt], max_new_tokens=NEW_TOKENS)
+    batch = {"tokens": prompt.ids[None], "images": prompt.images[None], "place": prompt.place[None]}
+    tokens = mmjax.generate(model, **batch, max_new_tokens=NEW_TOKENS)
+    np.testing.assert_array_equal(result.tokens, tokens)
+
+    for wrong, message in (
+        (["--source", str(trained), *parts[:2], "--target", "x"], "Give both"),
+        (["--source", str(trained), *parts, "--verify"], "has no OpenFlamingo"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            convert.main(wrong)
