@@ -20,10 +20,15 @@ from experiments import common
 def main(argv: Sequence[str] | None) -> int:
     """Returns 0, or 1 if runs failed."""
     result = common.plain_parser(__doc__)
-    result.add_argument("--study", required=True, help="a file with get_study(arg), or FILE:ARG")
+    result.add_argument(
+        "--study",
+        "--config",
+        required=True,
+        help="a file with get_study(arg), or FILE:ARG",
+    )
     result.add_argument("--workdir", required=True, help="the study's own directory")
     result.add_argument("--launcher", choices=("local", "slurm"), default="local")
-    result.add_argument("--devices", help="numbers of CUDA devices to use here, such as 0,1")
+    result.add_argument("--devices", help="CUDA devices to use here, such as 0,1")
     result.add_argument(
         "--processes", type=int, default=1, help="how many runs share a device, or the cores here"
     )
@@ -35,7 +40,7 @@ def main(argv: Sequence[str] | None) -> int:
     if args.launcher == "slurm":
         executor = studies.slurm(study, directory)
     else:
-        devices = args.devices and [int(number) for number in args.devices.split(",")]
+        devices = args.devices and args.devices.split(",")
         executor = studies.Local(devices or None, args.processes)
     # As by Ctrl-C: what runs here saves, and ends.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

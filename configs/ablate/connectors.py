@@ -28,6 +28,43 @@ BESIDE = {"mlp,tokens=36,res=24": dict(connector="mlp", tokens=36, res=24)} | {
 SKIP = [dict(connector=name, tokens=tokens) for name in KEEPS for tokens in TOKENS] + [
     dict(connector=name, tokens=ALL) for name in CONNECTORS if name not in KEEPS
 ]
+
+
+def _both(*names: str) -> list[str]:
+    """The arms of connectors at the smaller two budgets."""
+    return [f"connector={name},tokens={tokens}" for name in names for tokens in TOKENS]
+
+
+SIZED = [name for name in CONNECTORS if name not in KEEPS]
+# What the literature has found, as questions to this study.
+CONTRASTS = {
+    "resolution (MM1): pixel shuffle - MLP of half the resolution, 36 tokens": (
+        "connector=pixel_shuffle,tokens=36",
+        "mlp,tokens=36,res=24",
+    ),
+    "tokens (MM1): 36 - 9, all connectors": (
+        [f"connector={name},tokens=36" for name in SIZED],
+        [f"connector={name},tokens=9" for name in SIZED],
+    ),
+    "pooling - Q-Former (DeCo)": (_both("pooling"), _both("qformer")),
+    "locality (Honeybee): pooling, pixel shuffle, C-Abstractor - Perceiver, Q-Former": (
+        _both("pooling", "pixel_shuffle", "c_abstractor"),
+        _both("perceiver", "qformer"),
+    ),
+    "C-Abstractor - Perceiver (Honeybee)": (_both("c_abstractor"), _both("perceiver")),
+    "cross-attention - Perceiver, language model trained (Idefics2), 36 tokens": (
+        "connector=cross_attention,tokens=36",
+        "connector=perceiver,tokens=36",
+    ),
+    "cross-attention - Perceiver, language model frozen (Idefics2), 36 tokens": (
+        "cross_attention,tokens=36,frozen LM",
+        "perceiver,tokens=36,frozen LM",
+    ),
+    "MLP - linear (LLaVA-1.5), 144 tokens": (
+        "connector=mlp,tokens=144",
+        "connector=linear,tokens=144",
+    ),
+}
 # Without these, a connector has one budget.
 SECOND_BUDGET = [dict(tokens=TOKENS[0])]
 
@@ -76,6 +113,7 @@ def get_study(arg: str | None = None) -> Study:
         before=before,
         skip=SKIP if every else SKIP + SECOND_BUDGET,
         beside=BESIDE if every else {},
+        contrasts=CONTRASTS if every else {},
         arguments=arguments | {name: sizes[name] for name in ("steps", "batch", "eval")},
         slurm=dict(timeout_min=60, cpus_per_task=2),
     )

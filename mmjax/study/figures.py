@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mmjax.study.comparison import Comparison
 from mmjax.study.results import TOKENS
-from mmjax.study.tables import Comparison
+from mmjax.study.statistics import smoothed
 
 # Draws on axes of matplotlib; returns the caption.
 Drawing = Callable[[Comparison, Any], str]
@@ -31,8 +33,8 @@ def draw_figures(found: Comparison) -> dict[str, tuple[str, str]]:
         drawings["groups"] = _groups
     if len(study.rates) > 1:
         drawings["search"] = _search
-    if len(study.axes) > 1:
-        drawings["interaction"] = _effect
+    for first, second in itertools.combinations(study.axes, 2):
+        drawings[f"interaction_{first}_{second}"] = _interaction(first, second)
     if TOKENS in costs and costs[TOKENS].nunique() > 1:
         drawings["tokens"] = _tokens
     for name in costs.columns:
@@ -70,7 +72,18 @@ def _dots(found: Comparison, axes: Any) -> str:
     axes.set_yticks(range(len(order)), order, fontsize=8)
     axes.set_xlabel(found.study.compared)
     axes.grid(axis="x", color="#dddddd")
-    return "Each seed (dots) and their mean (line)."
+    distance = found.errors.distance
+    text = "Each seed (dots) and their mean (line)."
+    if not math.isnan(distance):
+        axes.errorbar(
+            found.mean.max() - distance / 2, len(order) - 0.4, xerr=distance / 2, color=_LINE,
+            capsize=3, linewidth=1,
+        )  # fmt: skip
+        text += (
+            " The bar above ends at the best and is as long as arms must be apart to be told apart "
+            "at the level of 5%, all pairs considered (Tukey)."
+        )
+    return text
 
 
 def _ranks(found: Comparison, axes: Any) -> str:
@@ -85,8 +98,8 @@ def _ranks(found: Comparison, axes: Any) -> str:
     axes.set_xlabel("mean rank (1: best)")
     axes.grid(axis="x", color="#dddddd")
     return (
-        f"Mean ranks over {ranks.blocks} blocks. Arms whose bars overlap do not differ at the "
-        "level of 5% (Nemenyi): bars are half the critical distance to each side."
+        "Mean ranks over seeds and groups of questions. Arms whose bars overlap do not differ at "
+        "the level of 5%: bars are half the critical distance to each side."
     )
 
 
@@ -128,19 +141,21 @@ def _legend(axes: Any) -> None:
     axes.legend(fontsize=6, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def _effect(found: Comparison, axes: Any) -> str:
-    first, second = list(found.study.axes)[:2]
-    table = found.chosen.pivot_table(found.study.compared, first, second, sort=False)
-    # As the study names them.
-    rows, columns = (
-        [level for level in map(str, found.study.axes[axis]) if level in there]
-        for axis, there in ((first, table.index), (second, table.columns))
-    )
-    table = table.loc[rows, columns]
-    _heat(axes, table.to_numpy(), rows, columns, found.study.compared)
-    axes.set_xlabel(second)
-    axes.set_ylabel(first)
-    return f"{first} x {second}: the mean over seeds, and over what else the arms differ in."
+def _interaction(first: str, second: str) -> Drawing:
+    def draw(found: Comparison, axes: Any) -> str:
+        table = found.chosen.pivot_table(found.study.compared, first, second, sort=False)
+        # As the study names them.
+        rows, columns = (
+            [level for level in map(str, found.study.axes[axis]) if level in there]
+            for axis, there in ((first, table.index), (second, table.columns))
+        )
+        table = table.loc[rows, columns]
+        _heat(axes, table.to_numpy(), rows, columns, found.study.compared)
+        axes.set_xlabel(second)
+        axes.set_ylabel(first)
+        return f"{first} x {second}: the mean over seeds, and over what else the arms differ in."
+
+    return draw
 
 
 def _tokens(found: Comparison, axes: Any) -> str:
@@ -182,12 +197,19 @@ def _pareto(cost: str) -> Drawing:
         )
         front = front[front["mean"] > front["mean"].cummax().shift(fill_value=-math.inf)]
         axes.step(front.paid, front["mean"], where="post", color=_MARK, linewidth=1)
+        spread = found.chosen.groupby("arm")[found.study.compared].std()
         for arm, colour in zip(mean.index, _colours(len(mean)), strict=True):
-            axes.plot(paid[arm], mean[arm], "o", color=colour, label=arm)
+            axes.errorbar(
+                paid[arm], mean[arm], yerr=spread[arm], fmt="o", markersize=5, capsize=2,
+                linewidth=1, color=colour, label=arm,
+            )  # fmt: skip
         axes.set_xlabel(cost)
         axes.set_ylabel(found.study.compared)
         _legend(axes)
-        return f"What an arm reaches for its {cost}; the line is the Pareto front."
+        return (
+            f"What an arm reaches for its {cost}, with the deviation over seeds; the line is the "
+            "Pareto front of the means, which noise may shift."
+        )
 
     return draw
 
@@ -197,7 +219,7 @@ def _losses(found: Comparison, axes: Any) -> str:
     arms = [arm for arm in found.mean.index if arm in losses]
     for arm, colour in zip(arms, _colours(len(arms)), strict=True):
         table = losses[arm]
-        mean = table.mean(axis=1)
+        mean = smoothed(table)
         axes.plot(mean.index, mean, linewidth=1, label=arm, color=colour)
         axes.fill_between(
             mean.index, table.min(axis=1), table.max(axis=1), alpha=0.15, color=colour, linewidth=0
@@ -205,4 +227,7 @@ def _losses(found: Comparison, axes: Any) -> str:
     axes.set_xlabel("step")
     axes.set_ylabel("train/loss")
     _legend(axes)
-    return "The training loss of the last stage: mean over seeds, and between which they lie."
+    return (
+        "The training loss of the last stage: its smoothed mean over seeds, and between which the "
+        "batches of the seeds lie."
+    )

@@ -16,8 +16,9 @@ from mmjax import config as configs
 from mmjax.registry import nearest
 from mmjax.train.handover import model_dataclass
 
-# In the directory of a study: what it is the study of, and what its arms cost when they run.
-STUDY, COSTS = "study.json", "costs.json"
+# In the directory of a study: what it is the study of; what its arms are as commands, and what they
+# cost when they run.
+STUDY, ARMS, COSTS = "study.json", "arms.json", "costs.json"
 _STAGES = "stages"
 
 
@@ -52,6 +53,8 @@ class Study:
         given its work directory as that argument of all arms.
       skip: combinations of levels, perhaps of some axes only, that are left out.
       beside: {name: {argument or key: value}}, arms outside of the grid.
+      contrasts: {what is asked: (arms, arms)}, differences that are asked for before anything has
+        run: of the mean of one arm, or of several, and of others.
       slurm: parameters of the jobs on a cluster, as submitit has them: `timeout_min`,
         `gpus_per_node`, `slurm_partition` and others. A job is a run with all of its stages.
     """
@@ -68,6 +71,9 @@ class Study:
     rate: str = "lr"
     skip: Sequence[Mapping[str, Any]] = ()
     beside: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    contrasts: Mapping[str, tuple[str | Sequence[str], str | Sequence[str]]] = dataclasses.field(
+        default_factory=dict
+    )
     slurm: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
@@ -89,7 +95,7 @@ class Study:
 
     def to_json(self) -> str:
         """All of it, to be compared with the one of a directory."""
-        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True, default=list)
+        return json.dumps(dataclasses.asdict(self), indent=2, default=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +189,12 @@ def command(
     ]
 
 
+def sides_of(contrast: Sequence[str | Sequence[str]]) -> tuple[list[str], list[str]]:
+    """The arms on both sides of a contrast."""
+    one, other = ([side] if isinstance(side, str) else list(side) for side in contrast)
+    return one, other
+
+
 def stages_of(study: Study, arm: Arm) -> tuple[str | None, ...]:
     """The stages of a run; one without a name if it has none."""
     return tuple(arm.settings.get(_STAGES, study.stages)) or (None,)
@@ -211,12 +223,18 @@ def plan(study: Study) -> list[Arm]:
     """The arms, each of whose configs can be made: what a connector cannot meet is said now.
 
     Raises:
-      StudyError: listing every arm whose config is refused, and arms that are equal.
+      StudyError: listing every arm whose config is refused or has no such scores, and arms that are
+        equal; a contrast of arms that are not there.
     """
     arms = arms_of(study)
     twice = [name for name, n in collections.Counter(arm.name for arm in arms).items() if n > 1]
     if twice:
         raise StudyError(f"Arms beside the grid are called like arms of it: {', '.join(twice)}.")
+    names = [arm.name for arm in arms]
+    for asked, contrast in study.contrasts.items():
+        for name in itertools.chain(*sides_of(contrast)):
+            if name not in names:
+                raise StudyError(f"contrast {asked!r}: no arm is {name!r}; {nearest(name, names)}")
     problems: list[str] = []
     seen: dict[str, str] = {}
     for name, spec in study.before.items():
@@ -235,6 +253,7 @@ def plan(study: Study) -> list[Arm]:
                 )
                 model_dataclass(config.model.to_dict())
                 texts.append(configs.to_json(config))
+            _check_scores(study, config)
         except (ValueError, OSError) as error:
             problems.append(f"  {arm.name}: {error}")
             continue
@@ -248,3 +267,13 @@ def plan(study: Study) -> list[Arm]:
             + "\nChange the axes, or leave combinations out with `skip`. Nothing has been run."
         )
     return arms
+
+
+def _check_scores(study: Study, config: ConfigDict) -> None:
+    """Raises StudyError where a score is of no evaluator of a config."""
+    for score in (study.metric, study.compared):
+        front, _, rest = score.partition("/")
+        name, _, _ = rest.partition("/")
+        if front != "eval" or name not in config.evals:
+            known = [f"eval/{name}/" for name in config.evals]
+            raise StudyError(f"no evaluator gives {score!r}; {nearest(score, known)}")

@@ -1,5 +1,5 @@
-"""The report of a study: report.html, which needs no other file, report.md and table.tex; and its
-figures as vector drawings."""
+"""The report of a study: report.html, which needs no other file, report.md and table.tex; its
+figures as vector drawings; and pairs.csv, the differences of all pairs of arms."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import html
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from mmjax.study.comparison import Comparison
 from mmjax.study.figures import draw_figures
 from mmjax.study.grid import Study
-from mmjax.study.results import Results
-from mmjax.study.tables import Comparison, Table, make_tables
+from mmjax.study.results import SAME, Results
+from mmjax.study.tables import Table, make_tables
 from mmjax.train.workdir import write_atomically
 
 FIGURES = "figures"
@@ -37,6 +38,7 @@ def write_report(
     if results.rates:
         found = Comparison(study, results)
         tables, figures = make_tables(found), draw_figures(found)
+        write_atomically(directory / "pairs.csv", found.pairs().to_csv(index=False))
     budget = _about(study, results, failures)
     (directory / FIGURES).mkdir(exist_ok=True)
     for name, (drawing, _) in figures.items():
@@ -92,8 +94,14 @@ def _about(study: Study, results: Results, failures: Mapping[str, str]) -> str:
     # Of each seed, the order that most arms have.
     digests = results.rows.groupby("seed").order.transform(lambda own: own.mode()[0])
     odd = results.rows[results.rows.order != digests].arm.unique()
-    if not len(odd):
-        return text + "All arms saw the same records in the same order (as digests of them say)."
-    return (
-        text + f"THE ORDER OF THE DATA DIFFERS: {', '.join(odd)} saw other records than the rest."
-    )
+    if len(odd):
+        text += f"THE ORDER OF THE DATA DIFFERS: {', '.join(odd)} saw other records than the rest."
+    else:
+        text += "All arms saw the same records in the same order (as digests of them say)."
+    for name in SAME:
+        values = results.rows[name].unique()
+        if len(values) > 1:
+            text += f" {name.upper()} OF RUNS DIFFER: {'; '.join(values)}."
+        elif name != "packages" and values[0]:
+            text += f" {name.capitalize()} of all runs: {values[0]}."
+    return text

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from flax import nnx
@@ -20,22 +20,38 @@ from mmjax.study.grid import COSTS, Arm, Study, StudyError, config_of, first_com
 from mmjax.study.runs import Run
 from mmjax.train.handover import model_dataclass
 from mmjax.train.logging import read_metrics
+from mmjax.train.loop import ORDER
 from mmjax.train.workdir import write_atomically
 
 TOKENS = "visual tokens"
+CONTROLS = ("blind", "shuffled")
+
+
+# Of a run's manifest: what all runs of a study should have in common, and digests of its config, of
+# its first parameters, and ("order") of the records that it saw in their order.
+SAME = ("code", "devices", "packages")
+DIGESTS = ("config_sha256", "parameters_sha256")
 
 
 def read_rows(runs: Iterable[Run]) -> pd.DataFrame:
-    """A row for each finished run: arm, its levels, rate, seed, a digest of the records it saw in
-    their order, the seconds it took, and its scores at the end."""
+    """A row for each finished run: arm, its levels, rate, seed, what its manifest says (of the last
+    stage), the seconds it took, and its scores at the end."""
     rows = []
     for run in runs:
         if run.finished.exists():
             scores = json.loads(run.finished.read_text("utf-8"))
-            beside = {"arm": run.arm.name, **run.arm.levels, "rate": run.rate, "seed": run.seed}
-            beside["order"] = scores.pop("order")
-            rows.append(beside | {k: float(v) for k, v in scores.items()})
+            scores.pop("order", None)  # the manifest's, in files of older versions
+            row = {"arm": run.arm.name, **run.arm.levels, "rate": run.rate, "seed": run.seed}
+            file = run.directory / run.stages[-1][0] / "manifest.json"
+            manifest = json.loads(file.read_text("utf-8"))[-1]
+            row["order"] = manifest.get(ORDER, "")
+            row |= {name: _text(manifest.get(name, "")) for name in (*DIGESTS, *SAME)}
+            rows.append(row | {k: float(v) for k, v in scores.items()})
     return pd.DataFrame(rows)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 
 def choose_rates(rows: pd.DataFrame, metric: str) -> dict[str, float]:
@@ -70,7 +86,8 @@ def summarise(rows: pd.DataFrame, rates: Mapping[str, float]) -> pd.DataFrame:
 
 def arm_costs(study: Study, arms: Iterable[Arm]) -> pd.DataFrame:
     """A row for each arm: parameters, those that are trained, and of vision-language models the
-    visual tokens of an image, and parameters and GFLOP (forward, an image) of the connector."""
+    visual tokens of an image, the GFLOP of making them of its features, and the parameters of all
+    that joins encoder and language model: gated blocks are among them."""
     rows = []
     for arm in arms:
         config = config_of(first_command(study, arm))
@@ -86,19 +103,36 @@ def arm_costs(study: Study, arms: Iterable[Arm]) -> pd.DataFrame:
         if isinstance(model, VLMConfig):
             width, grid = model.feature_width, model.encoder.grid
             spent = cost(model.connector, width, model.visual_width, grid, extra=model.extra)
+            joins = [path for path in shapes if not path.startswith(("encoder/", "lm/"))]
             row |= {
                 TOKENS: spent.tokens,
-                "connector parameters": spent.parameters,
+                "connector parameters": sum(shapes[path].size for path in joins),
                 "connector GFLOP": spent.flops / 1e9,
             }
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def read_costs(directory: Path) -> pd.DataFrame:
-    """A row for each arm: what `mmjax.study.speed` has measured."""
-    measured = json.loads((directory / COSTS).read_text("utf-8"))
-    return pd.DataFrame([{"arm": arm, **row} for arm, row in measured["arms"].items()])
+class Measured(NamedTuple):
+    """What `mmjax.study.speed` has measured.
+
+    Attributes:
+      costs: a row for each arm.
+      device: on which.
+      failures: {arm: why it could not be measured}.
+    """
+
+    costs: pd.DataFrame
+    device: str
+    failures: Mapping[str, str]
+
+
+def read_costs(directory: Path) -> Measured:
+    found = json.loads((directory / COSTS).read_text("utf-8"))
+    rows = [{"arm": arm, **row} for arm, row in found["arms"].items()]
+    return Measured(
+        pd.DataFrame(rows, columns=None if rows else ["arm"]), found["device"], found["failed"]
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,18 +142,22 @@ class Answers:
     Attributes:
       scores: {arm: a row a seed, a column a question}.
       groups, images: of each question.
+      controls: {control: the same as `scores`}, of those that were asked.
     """
 
     scores: Mapping[str, pd.DataFrame]
     groups: pd.Series
     images: pd.Series
+    controls: Mapping[str, Mapping[str, pd.DataFrame]] = dataclasses.field(default_factory=dict)
 
 
 def read_answers(study: Study, runs: Iterable[Run], rates: Mapping[str, float]) -> Answers | None:
-    """From the files that evaluators of questions write (`answers`); None where there are none."""
-    name, score = study.compared.split("/")[1], study.compared.rsplit("/", 1)[-1]
-    found: dict[str, dict[int, pd.Series]] = {}
-    asked: dict[str, Mapping[str, Any]] = {}
+    """From the files that evaluators of questions write (`answers`); None where there are none.
+
+    Questions that a run lacks are left out for all.
+    """
+    _, name, *_, score = study.compared.split("/")
+    files: dict[tuple[str, int], pd.DataFrame] = {}
     for run in runs:
         if not run.finished.exists() or rates.get(run.arm.name) != run.rate:
             continue
@@ -131,17 +169,28 @@ def read_answers(study: Study, runs: Iterable[Run], rates: Mapping[str, float]) 
         rows = [json.loads(line) for line in (workdir / file).read_text("utf-8").splitlines()]
         if not all(score in row for row in rows):
             return None
-        found.setdefault(run.arm.name, {})[run.seed] = pd.Series(
-            {row["id"]: row[score] for row in rows}, dtype=float
-        )
-        asked |= {row["id"]: row for row in rows}
-    if not found:
+        files[run.arm.name, run.seed] = pd.DataFrame(rows).set_index("id")
+    if not files:
         return None
-    table = pd.DataFrame.from_dict(asked, orient="index")
+    first = next(iter(files.values()))
+    asked = first.index
+    for table in files.values():
+        asked = asked.intersection(table.index, sort=False)
     # An id is that of the record and the question's number in it.
-    images = table.index.to_series().str.rsplit("/", n=1).str[0]
-    scores = {arm: pd.DataFrame(seeds).T[table.index] for arm, seeds in found.items()}
-    return Answers(scores, table["group"], images)
+    images = asked.to_series().str.rsplit("/", n=1).str[0]
+
+    def scores(column: str) -> dict[str, pd.DataFrame]:
+        found: dict[str, dict[int, pd.Series]] = {}
+        for (arm, seed), table in files.items():
+            found.setdefault(arm, {})[seed] = table[column].astype(float)[asked]
+        return {arm: pd.DataFrame(seeds).T for arm, seeds in found.items()}
+
+    controls = {
+        control: scores(f"{control}/{score}")
+        for control in CONTROLS
+        if all(f"{control}/{score}" in table for table in files.values())
+    }
+    return Answers(scores(score), first["group"][asked], images, controls)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +203,7 @@ class Results:
       costs: a row for each arm, with `arm` and numbers.
       losses: {arm: training loss, a row for each step, a column for each seed}.
       answers: to single questions; None where runs have none.
+      device: that costs were measured on.
     """
 
     rows: pd.DataFrame
@@ -161,6 +211,7 @@ class Results:
     costs: pd.DataFrame
     losses: Mapping[str, pd.DataFrame]
     answers: Answers | None = None
+    device: str = ""
 
     @property
     def chosen(self) -> pd.DataFrame:

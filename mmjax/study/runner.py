@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import fcntl
 import glob
 import json
@@ -12,15 +11,25 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from mmjax.study.grid import COSTS, STUDY, Study, StudyError, plan
+from mmjax.models import VLMConfig
+from mmjax.study.grid import (
+    ARMS,
+    COSTS,
+    STUDY,
+    Arm,
+    Study,
+    StudyError,
+    config_of,
+    first_command,
+    plan,
+)
 from mmjax.study.report import write_report
 from mmjax.study.results import (
-    TOKENS,
     Results,
     arm_costs,
     choose_rates,
@@ -32,9 +41,9 @@ from mmjax.study.results import (
     write_tables,
 )
 from mmjax.study.runs import Run, make_run, run_before
+from mmjax.train.handover import model_dataclass
 from mmjax.train.logging import read_metrics
-from mmjax.train.loop import ORDER
-from mmjax.train.workdir import write_atomically
+from mmjax.train.workdir import changes, write_atomically
 
 _ROOT = Path(__file__).resolve().parents[2]
 _LINES = 12  # of the log of a run that failed
@@ -46,7 +55,7 @@ class Slot(NamedTuple):
     None: whatever there is.
     """
 
-    device: int | None = None
+    device: str | None = None
     memory: float | None = None
     cores: frozenset[int] | None = None
 
@@ -64,7 +73,8 @@ class Local(ThreadPoolExecutor):
     """Processes on this machine, one at a time for each device; one where there are none.
 
     Args:
-      devices: numbers of CUDA devices; None: all that the driver shows, or CUDA_VISIBLE_DEVICES.
+      devices: CUDA devices, as CUDA_VISIBLE_DEVICES has them (numbers, or UUIDs); None: those that
+        it says, or all that the driver shows.
       processes: that share each device, which suits small models; without devices, that share the
         cores. Each has as much as the others.
 
@@ -72,15 +82,15 @@ class Local(ThreadPoolExecutor):
       StudyError: more processes than cores.
     """
 
-    def __init__(self, devices: Sequence[int] | None = None, processes: int = 1):
+    def __init__(self, devices: Sequence[str] | None = None, processes: int = 1):
         if devices is None:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES")
             nodes = sorted(glob.glob("/dev/nvidia[0-9]*"))
-            devices = (
-                [int(n) for n in visible.split(",") if n.strip().isdigit()]
-                if visible is not None
-                else [int(node.removeprefix("/dev/nvidia")) for node in nodes]
-            )
+            devices = [node.removeprefix("/dev/nvidia") for node in nodes]
+            if visible is not None:  # -1 is how it says "none"
+                devices = [
+                    name for name in map(str.strip, visible.split(",")) if name not in ("", "-1")
+                ]
         slots = _slots(devices, processes)
         self._free: queue.Queue[Slot] = queue.Queue()
         for slot in slots:
@@ -98,7 +108,7 @@ class Local(ThreadPoolExecutor):
         return super().submit(call)
 
 
-def _slots(devices: Sequence[int], processes: int) -> list[Slot]:
+def _slots(devices: Sequence[str], processes: int) -> list[Slot]:
     if processes < 1:
         raise StudyError(f"processes={processes} runs nothing: give 1 or more.")
     if devices:
@@ -157,7 +167,7 @@ class _Children:
         """
         env = dict(os.environ, JAX_COMPILATION_CACHE_DIR=str(cache))
         if slot.device is not None:
-            env["CUDA_VISIBLE_DEVICES"] = str(slot.device)
+            env["CUDA_VISIBLE_DEVICES"] = slot.device
         if slot.memory is not None:
             env["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{slot.memory:.3f}"
         with open(log, "a", encoding="utf-8") as file, self._lock:
@@ -217,8 +227,7 @@ def execute(run: Run, cache: Path, slot: Slot = ALL) -> str | None:
             reason = f"{name} ended with exit code {code}:\n{_end_of(log)}"
             write_atomically(run.failed, json.dumps({"reason": reason}, indent=2))
             return reason
-    manifest = json.loads((workdir / "manifest.json").read_text("utf-8"))
-    scores: dict[str, Any] = {"seconds": seconds, "order": manifest[-1].get(ORDER, "")}
+    scores: dict[str, Any] = {"seconds": seconds}
     for row in read_metrics(workdir / "metrics.jsonl"):
         scores |= {k: v for k, v in row.items() if k.startswith(("eval/", "perf/", "train/"))}
     write_atomically(run.finished, json.dumps(scores, indent=2))
@@ -243,15 +252,20 @@ def _end_of(log: Path) -> str:
 
 
 def measure(directory: Path, cache: Path, slot: Slot = ALL) -> str | None:
-    """What the arms of a study cost when they run: `mmjax.study.speed`, as a process of its own.
+    """What the arms of a study cost when they run: `mmjax.study.speed`, as a process of its own,
+    which has a device, or all cores, for itself.
 
     Returns:
       None, or why it failed.
     """
-    if (directory / COSTS).exists():
-        return None
+    arms, costs = ((directory / name) for name in (ARMS, COSTS))
+    if costs.exists():
+        measured = json.loads(costs.read_text("utf-8"))
+        if measured.get("commands") == json.loads(arms.read_text("utf-8")):
+            return None
     log = directory / "costs.log"
-    code = _CHILDREN.call(["-m", "mmjax.study.speed", str(directory)], log, cache, slot)
+    alone = slot._replace(memory=None, cores=None)
+    code = _CHILDREN.call(["-m", "mmjax.study.speed", str(directory)], log, cache, alone)
     if code is None:
         return "stopped"
     return f"exit code {code}:\n{_end_of(log)}" if code else None
@@ -305,29 +319,50 @@ def run_study(
             if arm.name in rates
             for seed in range(1, study.seeds)
         ]
+        if not all(run.finished.exists() for run in seeds):  # what is known so far
+            _report(study, arms, [*search, *seeds], rates, directory, failures)
         failures |= _run_all(seeds, directory, executor, say, "seeds")
-        runs = [*search, *seeds]
-        rows = read_rows(runs)
-        summary = summarise(rows, rates)
-        write_tables(directory, rows, summary)
-        costs = arm_costs(study, arms)
-        if rates and TOKENS in costs:
+        if rates and all(_sees(study, arm) for arm in arms):
+            commands = {arm.name: first_command(study, arm, directory) for arm in arms}
+            write_atomically(directory / ARMS, json.dumps(commands, indent=2))
             say("costs: measuring latency and memory.")
             job = executor.submit(measure, directory, directory / "compiled")
             try:
                 reason = job.result()
             except BaseException:
-                _CHILDREN.stop()
+                _stop([job])
                 raise
-            if reason is None:
-                costs = costs.merge(read_costs(directory), on="arm", how="left")
-            else:
+            if reason is not None:
                 failures["costs"] = reason
-        results = Results(
-            rows, rates, costs, read_losses(runs, rates), read_answers(study, runs, rates)
-        )
-        write_report(directory, study, results, failures)
+        _report(study, arms, [*search, *seeds], rates, directory, failures)
     return failures
+
+
+def _sees(study: Study, arm: Arm) -> bool:
+    """Whether there is a prefill of an image to measure."""
+    model = model_dataclass(config_of(first_command(study, arm)).model.to_dict())
+    return isinstance(model, VLMConfig)
+
+
+def _report(
+    study: Study,
+    arms: Sequence[Arm],
+    runs: Sequence[Run],
+    rates: Mapping[str, float],
+    directory: Path,
+    failures: Mapping[str, str],
+) -> None:
+    """Tables and report of the runs that are finished."""
+    rows = read_rows(runs)
+    write_tables(directory, rows, summarise(rows, rates))
+    costs, device = arm_costs(study, arms), ""
+    if (directory / COSTS).exists():
+        measured = read_costs(directory)
+        costs, device = costs.merge(measured.costs, on="arm", how="left"), measured.device
+        failures = {**failures, **{f"costs of {k}": why for k, why in measured.failures.items()}}
+    losses, answers = read_losses(runs, rates), read_answers(study, runs, rates)
+    results = Results(rows, rates, costs, losses, answers, device)
+    write_report(directory, study, results, failures)
 
 
 def _run_all(
@@ -338,14 +373,15 @@ def _run_all(
     what: str,
 ) -> dict[str, str]:
     """Runs all of them; why those that failed did."""
+    _check_finished(runs)
     left = [run for run in runs if not run.finished.exists()]
     say(f"{what}: {len(left)} of {len(runs)} runs are left.")
     cache = directory / "compiled"
-    jobs = collections.deque((run, executor.submit(execute, run, cache)) for run in left)
+    jobs: list[Any] = []
     failures = {}
     try:
-        while jobs:
-            run, job = jobs.popleft()
+        jobs += (executor.submit(execute, run, cache) for run in left)
+        for done, (run, job) in enumerate(zip(left, jobs, strict=True), start=1):
             name = str(run.directory.relative_to(directory)).removeprefix("runs/")
             try:
                 reason = job.result()
@@ -353,14 +389,55 @@ def _run_all(
                 reason = f"{type(error).__name__}: {error}"
             if reason is not None:
                 failures[name] = reason
-            say(f"{what}: {len(left) - len(jobs)}/{len(left)} {name}"
+            say(f"{what}: {done}/{len(left)} {name}"
                 + ("" if reason is None else f" FAILED\n{reason}"))  # fmt: skip
     except BaseException:
-        _CHILDREN.stop()
-        for _, job in jobs:
-            job.cancel()
+        _stop(jobs)
         raise
     return failures
+
+
+def _stop(jobs: Sequence[Any]) -> None:
+    """What runs here saves and ends; what is a cluster's is cancelled."""
+    _CHILDREN.stop()
+    for job in jobs:
+        job.cancel()
+
+
+def _check_finished(runs: Sequence[Run]) -> None:
+    """
+    Raises:
+      StudyError: runs that are finished had another config than they would have now.
+    """
+    odd = {}
+    for run in runs:
+        if run.finished.exists():
+            for name, arguments in run.stages:
+                lines = changes(run.directory / name, config_of(arguments))
+                if lines:
+                    odd[run.directory] = lines
+    if odd:
+        directory, lines = next(iter(odd.items()))
+        raise StudyError(
+            f"{len(odd)} finished runs had another config than the study gives them now; the first "
+            f"is {directory}:\n"
+            + "\n".join(lines)
+            + "\nUndo that change, or give the study a new --workdir. Nothing has been run."
+        )
+
+
+# What says nothing of any run.
+_FREE = ("slurm", "contrasts")
+
+
+def _goes_on(key: str, theirs: Any, ours: Any) -> bool:
+    """Whether a study that was begun with one value of a field goes on with another: there may be
+    more seeds and more rates."""
+    if key == "seeds":
+        return theirs <= ours
+    if key == "rates":
+        return set(theirs) <= set(ours)
+    return theirs == ours
 
 
 class _Claim:
@@ -377,7 +454,7 @@ class _Claim:
             changed = [
                 f"  {key}: {theirs.get(key)!r} there, {ours[key]!r} here"
                 for key in ours
-                if theirs.get(key) != ours[key] and key != "slurm"
+                if key not in _FREE and not _goes_on(key, theirs.get(key), ours[key])
             ]
             if changed:
                 raise StudyError(

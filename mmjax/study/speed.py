@@ -2,18 +2,20 @@
 
 python -m mmjax.study.speed DIRECTORY
 
-Every arm reads one image and a question of 32 tokens (the prefill of an answer), with random
-parameters, which take as long as trained ones. Arms take turns, round after round, so that whatever
-else the machine does is shared by all. Written to costs.json in the study's directory.
+Every arm reads one image and a question of 32 tokens (the prefill of an answer), with parameters of
+zeros, which take as long as trained ones. Arms take turns, round after round, so that whatever else
+the machine does is shared by all. arms.json in the study's directory says what they are, and what
+was measured is written to costs.json.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +26,27 @@ from flax import nnx
 from mmjax import params
 from mmjax.flops import matmul_flops
 from mmjax.models import MODELS, FlamingoConfig, MllamaConfig, VLMConfig
-from mmjax.study.grid import COSTS, STUDY, Arm, Study, arms_of, config_of, first_command
+from mmjax.study.grid import ARMS, COSTS, config_of
 from mmjax.train.handover import model_dataclass
 from mmjax.train.workdir import write_atomically
 
 QUESTION, ROUNDS = 32, 15
 
 
-def prefill(config: VLMConfig) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+# {(path, shape and type): parameters}, which the arms share where they have the same.
+Shared = dict[tuple[str, jax.ShapeDtypeStruct], jax.Array]
+
+
+def prefill(config: VLMConfig, shared: Shared) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """What is run, and what it is given: parameters, tokens [1, T], images and places."""
     make = MODELS[config.name][1]
-    graph, weights = params.split(nnx.jit(lambda: make(config, rngs=nnx.Rngs(0)))())
+    graph, shapes = params.abstract(lambda: make(config, rngs=nnx.Rngs(0)))
+    weights = {}
+    for path, shape in shapes.items():
+        key = path, jax.ShapeDtypeStruct(shape.shape, shape.dtype)
+        if key not in shared:
+            shared[key] = jnp.zeros(shape.shape, shape.dtype)
+        weights[path] = shared[key]
     # One token stands for an image that is looked at from between the blocks.
     visual = 1 if isinstance(config, FlamingoConfig | MllamaConfig) else config.image_tokens
     length = visual + QUESTION
@@ -52,13 +64,24 @@ def prefill(config: VLMConfig) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     return run, (weights, tokens, images, place)
 
 
-def measure(study: Study, arms: list[Arm], directory: Path) -> dict[str, dict[str, float]]:
-    """{arm: GFLOP, milliseconds (the median of all rounds) and MiB of a prefill}"""
-    programs, costs = {}, {}
-    for arm in arms:
-        config = model_dataclass(config_of(first_command(study, arm, directory)).model.to_dict())
-        run, given = prefill(config)
-        program = jax.jit(run).lower(*given).compile()
+def measure(arms: Mapping[str, Sequence[str]]) -> tuple[dict[str, dict], dict[str, str]]:
+    """{arm: GFLOP, milliseconds (the median of all rounds) and MiB of a prefill}; and {arm: why it
+    could not be measured}.
+
+    Args:
+      arms: {arm: arguments of `experiments.train`}.
+    """
+    programs, costs, failures = {}, {}, {}
+    shared: Shared = {}
+    for name, arguments in arms.items():
+        config = model_dataclass(config_of(arguments).model.to_dict())
+        try:
+            run, given = prefill(config, shared)
+            program = jax.jit(run).lower(*given).compile()
+            jax.block_until_ready(program(*given))
+        except jax.errors.JaxRuntimeError as error:  # no room for it, say
+            failures[name] = str(error)
+            continue
         memory = program.memory_analysis()
         total = (
             memory.argument_size_in_bytes
@@ -66,10 +89,9 @@ def measure(study: Study, arms: list[Arm], directory: Path) -> dict[str, dict[st
             + memory.temp_size_in_bytes
             - memory.alias_size_in_bytes
         )
-        costs[arm.name] = {"prefill GFLOP": matmul_flops(run, *given) / 1e9}
-        costs[arm.name]["prefill MiB"] = total / 2**20
-        jax.block_until_ready(program(*given))
-        programs[arm.name] = program, given
+        costs[name] = {"prefill GFLOP": matmul_flops(run, *given) / 1e9}
+        costs[name]["prefill MiB"] = total / 2**20
+        programs[name] = program, given
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(ROUNDS):
         for name, (program, given) in programs.items():
@@ -78,15 +100,18 @@ def measure(study: Study, arms: list[Arm], directory: Path) -> dict[str, dict[st
             seconds[name].append(time.perf_counter() - began)
     for name, times in seconds.items():
         costs[name]["prefill ms"] = 1e3 * statistics.median(times)
-    return costs
+    return costs, failures
 
 
 def main(directory: Path) -> None:
     """See the module."""
-    study = Study(**json.loads((directory / STUDY).read_text("utf-8")))
-    costs = measure(study, arms_of(study), directory)
+    arms = json.loads((directory / ARMS).read_text("utf-8"))
+    costs, failures = measure(arms)
     device = jax.devices()[0]
-    text = {"device": device.device_kind, "platform": device.platform, "arms": costs}
+    name = device.device_kind
+    if device.platform == "cpu":
+        name = f"{len(os.sched_getaffinity(0))} cores of a CPU"
+    text = {"device": name, "commands": arms, "arms": costs, "failed": failures}
     write_atomically(directory / COSTS, json.dumps(text, indent=2))
 
 

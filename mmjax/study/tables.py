@@ -10,11 +10,10 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pandas as pd
 
-from mmjax.study.grid import Study
-from mmjax.study.results import TOKENS, Results
-from mmjax.study.statistics import Interval, Ranks, paired_difference, rank_arms, steps_to
+from mmjax.study.comparison import MACRO, Comparison, best_of, spread
+from mmjax.study.results import CONTROLS, TOKENS
+from mmjax.study.statistics import Interval, smoothed, steps_to
 
-CONTROLS = ("blind", "shuffled")
 _ALIKE = 1.1  # costs whose ratio is at most this count as equal
 _LATEX = str.maketrans(
     {sign: "\\" + sign for sign in "_%&#$"} | {"\\": r"\textbackslash{}", "±": r"$\pm$"}
@@ -65,81 +64,22 @@ class Table:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """The arms of a study as its tables and figures need them.
-
-    Attributes:
-      study, results: what was compared, and what came out.
-      chosen: the runs of each arm at its rate.
-      mean: the score of each arm, best first.
-    """
-
-    study: Study
-    results: Results
-    chosen: pd.DataFrame = dataclasses.field(init=False)
-    mean: pd.Series = dataclasses.field(init=False)
-
-    def __post_init__(self):
-        chosen = self.results.chosen
-        mean = chosen.groupby("arm")[self.study.compared].mean()
-        object.__setattr__(self, "chosen", chosen)
-        object.__setattr__(self, "mean", mean.sort_values(ascending=False, kind="stable"))
-
-    @property
-    def costs(self) -> pd.DataFrame:
-        """By arm."""
-        return self.results.costs.set_index("arm").loc[self.mean.index]
-
-    @property
-    def groups(self) -> list[str]:
-        """Of questions, where there are several."""
-        answers = self.results.answers
-        names = [] if answers is None else sorted(name for name in answers.groups.unique() if name)
-        return names if len(names) > 1 else []
-
-    def scores(self, arm: str, name: str | None = None) -> pd.Series:
-        """Of a score, by seed; None: the one that arms are compared by."""
-        own = self.chosen[self.chosen.arm == arm].set_index("seed")
-        name = name or self.study.compared
-        return own[name] if name in own else pd.Series(math.nan, own.index)
-
-    def of_group(self, arm: str, group: str) -> pd.Series:
-        """The score in a group of questions, by seed."""
-        answers = self.results.answers
-        return answers.scores[arm][answers.groups.index[answers.groups == group]].mean(axis=1)
-
-    def control(self, control: str, group: str | None = None) -> str:
-        """The name of the compared score under a control, perhaps in a group."""
-        front, _, score = self.study.compared.rpartition("/")
-        return "/".join(filter(None, (front, group, control, score)))
-
-    def difference(self, one: str, other: str) -> Interval:
-        answers = self.results.answers
-        if answers is None:
-            return paired_difference(self.scores(one).to_frame(), self.scores(other).to_frame())
-        return paired_difference(answers.scores[one], answers.scores[other], answers.images)
-
-    def ranks(self) -> Ranks:
-        """Over seeds and groups of questions; over seeds where there are no groups."""
-        blocks = {}
-        for arm in self.mean.index:
-            parts = {group: self.of_group(arm, group) for group in self.groups}
-            blocks[arm] = pd.concat(parts or {"": self.scores(arm)})
-        return rank_arms(pd.DataFrame(blocks))
-
-
 def make_tables(found: Comparison) -> list[Table]:
     """All but failures."""
     tables = [_arms(found)]
+    contrasts = _contrasts(found)
+    if contrasts.rows:
+        tables.append(contrasts)
     if found.groups:
         tables.append(_groups(found))
     if any(found.control(name) in found.chosen for name in CONTROLS):
         tables.append(_controls(found))
+    tables += _above_controls(found)
     tables.append(_costs(found))
     tables += _at_equal_cost(found)
-    if len(found.study.axes) > 1:
-        tables.append(_main_effects(found))
+    effects = _effects(found)
+    if effects.rows:
+        tables.append(effects)
     return tables
 
 
@@ -149,53 +89,103 @@ def _arms(found: Comparison) -> Table:
     rows = []
     for arm in found.mean.index:
         own = found.scores(arm)
-        less = "" if arm == best else _interval(found.difference(arm, best))
+        less, p = ("", "") if arm == best else _difference(found, arm, best)
         rank = f"{ranks.mean[arm]:.2f}" if arm in ranks.mean else ""
-        rows.append([arm, f"{rates[arm]:g}", str(len(own)), _spread(own), rank, less])
-    answers = found.results.answers
-    drawn = "seeds" if answers is None else "seeds and images"
-    note = (
-        f"Mean ± standard deviation over seeds. Differences are paired, with 95% intervals of a "
-        f"bootstrap over {drawn}; arms whose interval holds 0 are not told apart, and with "
-        f"{study.seeds} seeds intervals are rough. "
-    )
+        rows.append([arm, _rate(found, arm, rates[arm]), str(len(own)), spread(own), rank, less, p])
+    seeds = len(found.scores(found.whole[0]))
+    sampled = " and ".join(["seeds"] * (seeds > 1) + ["images"] * (found.asked is not None))
+    note = f"Mean ± standard deviation over seeds. {_intervals(found)} "
+    if not math.isnan(found.errors.distance):
+        note += (
+            f"p says whether two arms differ, with other {sampled} too, all pairs of arms at once "
+            f"(Tukey's test, {found.errors.freedom:.0f} degrees of freedom, one error for all "
+            f"arms): they are told apart at the level of 5% from {found.errors.distance:.3g} on. "
+        )
     if not math.isnan(ranks.distance):
         of = "seeds and groups of questions" if found.groups else "seeds"
         note += (
-            f"Ranks are means over {ranks.blocks} blocks ({of}); those less than "
-            f"{ranks.distance:.2f} apart do not differ at the level of 5% (Nemenyi). "
+            f"Ranks are means over {ranks.blocks} {of}; those up to {ranks.distance:.2f} apart do "
+            f"not differ at the level of 5%, and that all arms are alike has p = {ranks.p:.2g} "
+            "(permutations of arms within seeds). "
         )
-    if not math.isnan(ranks.p):
-        note += (
-            f"That all arms are alike has p = {ranks.p:.2g} (Friedman). Blocks of one seed are not "
-            "independent."
-        )
-    head = ("arm", study.rate, "seeds", study.compared, "mean rank", f"less than {best}")
+    note += (
+        f"A rate at the {'border of' if len(study.rates) > 2 else 'end of'} the search is marked."
+    )
+    head = ("arm", study.rate, "seeds", study.compared, "mean rank", f"less than {best}", "p")
     return Table("Arms", head, rows, note)
+
+
+def _rate(found: Comparison, arm: str, rate: float) -> str:
+    """With what its search lacks."""
+    rows = found.results.rows
+    tried = rows[(rows.arm == arm) & (rows.seed == 0)].rate
+    text = f"{rate:g}"
+    rates = found.study.rates
+    if len(rates) > 1 and rate in (min(rates), max(rates)):
+        text += " (lowest)" if rate == min(rates) else " (highest)"
+    if len(tried) < len(rates):
+        text += f", of {len(tried)} of {len(rates)}"
+    return text
+
+
+def _difference(found: Comparison, one: str, other: str) -> tuple[str, str]:
+    return _interval(found.over_images(one, other)), _p(found.p(one, other))
+
+
+def _intervals(found: Comparison) -> str:
+    if found.asked is None:
+        return "Differences are paired by seed."
+    return (
+        "Differences are paired, with 95% intervals of a bootstrap over images: of these runs, "
+        "whatever other seeds would do."
+    )
+
+
+def _contrasts(found: Comparison) -> Table:
+    rows = [
+        [contrast.name, _interval(contrast.interval), _p(contrast.p)]
+        for contrast in found.contrasts()
+    ]
+    note = (
+        "Asked for before anything had run: the mean of some arms less that of others, with 95% "
+        "intervals of each by itself, over seeds and images; p of all of them together (Holm)."
+    )
+    return Table("Contrasts", ("asked", "difference", "p"), rows, note)
 
 
 def _groups(found: Comparison) -> Table:
     rows = []
-    blinds = [found.control("blind", group) for group in found.groups]
-    normalised = all(name in found.chosen for name in blinds)
+    names = ["/".join(_inserted(found.study.compared, g, "blind")) for g in found.groups]
+    # One baseline for all arms: with its own, an arm that guesses worse would look better.
+    normalised = all(name in found.chosen for name in names)
+    blind = found.chosen[names].mean().to_numpy() if normalised else np.zeros(0)
+    normalised = normalised and bool((blind < 1).all())
     for arm in found.mean.index:
         own = [found.of_group(arm, group) for group in found.groups]
-        cells = [arm, *map(_spread, own), _spread(sum(own) / len(own))]
+        cells = [arm, *map(spread, own), spread(found.of_group(arm, MACRO))]
         if normalised:
-            blind = [found.scores(arm, name) for name in blinds]
             parts = [(o - b) / (1 - b) for o, b in zip(own, blind, strict=True)]
-            cells.append(_spread(sum(parts) / len(parts)))
+            cells.append(spread(sum(parts) / len(parts)))
         rows.append(cells)
     head = ["arm", *found.groups, "mean"] + ["normalised"] * normalised
-    note = "Normalised: the mean over groups of (score - blind) / (1 - blind)." * normalised
+    note = (
+        "Normalised: the mean over groups of (score - blind) / (1 - blind), blind being the mean "
+        "of all arms without the image."
+    ) * normalised
     return Table(f"Groups of questions: {found.study.compared}", head, rows, note)
+
+
+def _inserted(score: str, *names: str) -> tuple[str, ...]:
+    """The parts of a score's name with others before the last, as evaluators name them."""
+    kind, evaluator, *_, last = score.split("/")
+    return kind, evaluator, *names, last
 
 
 def _controls(found: Comparison) -> Table:
     there = [name for name in CONTROLS if found.control(name) in found.chosen]
     rows = [
-        [arm, _spread(found.scores(arm))]
-        + [_spread(found.scores(arm, found.control(name))) for name in there]
+        [arm, spread(found.scores(arm))]
+        + [spread(found.scores(arm, found.control(name))) for name in there]
         for arm in found.mean.index
     ]
     note = (
@@ -205,30 +195,45 @@ def _controls(found: Comparison) -> Table:
     return Table("Controls", ("arm", found.study.compared, *there), rows, note)
 
 
+def _above_controls(found: Comparison) -> Iterable[Table]:
+    if found.results.answers is None:
+        return
+    for control in found.results.answers.controls:
+        columns = {"all": "", **{group: group for group in found.groups}}
+        above = [found.above(control, group) for group in columns.values()]
+        rows = [[arm, *(_interval(gain[arm]) for gain in above)] for arm in found.mean.index]
+        note = "With 95% intervals of the paired bootstrap over images."
+        yield Table(f"Above {control}", ("arm", *columns), rows, note)
+
+
 def _costs(found: Comparison) -> Table:
     table = found.costs.copy()
-    seconds = found.chosen.groupby("arm")["seconds"].mean()
-    table["seconds a run"] = seconds
+    rows = found.results.rows
+    table["seconds a run"] = found.chosen.groupby("arm")["seconds"].mean()
+    table["hours in all"] = rows.groupby("arm")["seconds"].sum() / 3600
     note = (
         "Seconds a run: of the whole process, with its start, compiling and evaluation, beside "
-        "whatever else ran. "
+        "whatever else ran; hours in all: of all runs of an arm, its search among them. Connector "
+        "parameters: of all that joins encoder and language model; its GFLOP: of making an image's "
+        "visual tokens. "
     )
     losses = found.results.losses
     if losses:
         # What the middle arm ends with.
-        threshold = float(np.median([own.mean(axis=1).iloc[-1] for own in losses.values()]))
+        threshold = float(np.median([smoothed(own).iloc[-1] for own in losses.values()]))
         name = f"steps to loss {threshold:.3g}"
         table[name] = pd.Series({arm: steps_to(own, threshold) for arm, own in losses.items()})
-        note += "The loss is that with which the middle arm ends; empty: not reached. "
+        note += "The loss, smoothed, is that with which the middle arm ends; empty: not reached. "
     if "prefill ms" in table:
         note += (
-            "Prefill: of one image and a question of 32 tokens, all arms in one process, turn by "
-            "turn; its MiB are parameters, inputs and what is computed."
+            f"Prefill: of one image and a question of 32 tokens, on {found.results.device}, all "
+            "arms in one process, turn by turn; its MiB are parameters, inputs and what is "
+            "computed, as the compiler plans it."
         )
-    rows = [
+    cells = [
         [arm, *map(_number, row)] for arm, row in zip(table.index, table.to_numpy(), strict=True)
     ]
-    return Table("Costs", ("arm", *table.columns), rows, note)
+    return Table("Costs", ("arm", *table.columns), cells, note)
 
 
 def _at_equal_cost(found: Comparison) -> Iterable[Table]:
@@ -243,16 +248,17 @@ def _at_equal_cost(found: Comparison) -> Iterable[Table]:
             continue
         rows = []
         for arms in _alike(found.costs[name], 1.0 if exact else _ALIKE):
-            best = next(arm for arm in found.mean.index if arm in arms)
+            best = best_of(found, arms)
             paid = found.costs[name][arms]
             label = _number(paid.min())
             label += "" if paid.nunique() == 1 else f" to {_number(paid.max())}"
             for arm in (arm for arm in found.mean.index if arm in arms):
-                less = "" if arm == best else _interval(found.difference(arm, best))
-                rows.append([arm, label, _spread(found.scores(arm)), less])
+                less, p = ("", "") if arm == best else _difference(found, arm, best)
+                rows.append([arm, label, spread(found.scores(arm)), less, p])
         if rows:
-            head = ("arm", name, found.study.compared, "less than the best of these")
-            note = "" if exact else f"Equal: within a factor of {_ALIKE:g} of the least."
+            head = ("arm", name, found.study.compared, "less than the best of these", "p")
+            note = "Intervals and p as in the table of arms. "
+            note += "" if exact else f"Equal: within a factor of {_ALIKE:g} of the least."
             yield Table(f"At equal {name}", head, rows, note)
 
 
@@ -267,22 +273,23 @@ def _alike(costs: pd.Series, factor: float) -> list[list[str]]:
     return [group for group in groups if len(group) > 1]
 
 
-def _main_effects(found: Comparison) -> Table:
-    rows = [
-        [axis, str(level), str(part.arm.nunique()), _spread(part[found.study.compared])]
-        for axis in found.study.axes
-        for level, part in found.chosen.groupby(axis, sort=False)
-    ]
-    note = "Means over all arms of a level, which only compares where the grid is full."
-    return Table("Main effects", ("axis", "level", "arms", found.study.compared), rows, note)
-
-
-def _spread(values: pd.Series) -> str:
-    values = values.dropna()
-    if values.empty:
-        return ""
-    deviation = f" ± {values.std():.2g}" if len(values) > 1 else ""
-    return f"{values.mean():.4g}{deviation}"
+def _effects(found: Comparison) -> Table:
+    rows = []
+    for effect in found.effects():
+        least, most = (pick(effect.by, key=effect.by.get) for pick in (min, max))
+        varies = ""
+        if len(effect.by) > 1:
+            varies = f"{effect.by[least]:+.3g} ({least}) to {effect.by[most]:+.3g} ({most})"
+        cells = [effect.axis, f"{effect.one} to {effect.other}", str(len(effect.by))]
+        cells += [_interval(effect.interval), _p(effect.p), varies, _p(effect.p_alike)]
+        rows.append(cells)
+    head = ("axis", "levels", "pairs", "difference", "p", "it varies from", "p of no interaction")
+    note = (
+        "Of arms that differ in nothing else: the mean of their differences, with 95% intervals "
+        "over seeds and images, each by itself; how it varies with what else arms differ in, and "
+        "whether it does."
+    )
+    return Table("Effects and interactions", head, rows, note)
 
 
 def _interval(difference: Interval) -> str:
@@ -290,6 +297,12 @@ def _interval(difference: Interval) -> str:
     if math.isnan(difference.low):
         return text
     return f"{text} [{difference.low:+.3g}, {difference.high:+.3g}]"
+
+
+def _p(value: float) -> str:
+    if math.isnan(value):
+        return ""
+    return "< 0.001" if value < 1e-3 else f"{value:.2g}"
 
 
 def _number(value: float) -> str:

@@ -31,6 +31,7 @@ def get_config(arg=None):
     tower = dict(width=16, depth=1, heads=2, mlp_width=16, norm_eps=1e-6)
     return ConfigDict(dict(
         seed=0,
+        evals=dict(x=dict(name="loss")),
         optimizer=dict(learning_rate=arg.lr),
         rules=dict(trainable=(("encoder/.*", False), (".*", True))),
         model=dict(
@@ -82,7 +83,9 @@ def get_config(arg=None):
     return config
 """
     )
-    study = Study(config=str(file), axes={"source": ("a", "b")}, metric="eval/x", rates=(1e-3,))
+    study = Study(
+        config=str(file), axes={"source": ("a", "b")}, metric="eval/test/top1", rates=(1e-3,)
+    )
     assert [arm.name for arm in plan(study)] == ["source=a", "source=b"]
 
 
@@ -145,7 +148,7 @@ def test_arms_may_differ_in_their_stages(tmp_path):
     ("fields", "said"),
     [
         (dict(axes={"btach": (1, 2)}), "did you mean 'batch'"),
-        (dict(axes={"model.dept": (1, 2)}), "did you mean 'model.depth'"),
+        (dict(axes={"model.dept": (1, 2)}), "did you mean 'depth'"),
         (dict(axes={"steps": (8, 9)}, rate="rate"), "no argument 'rate'"),
         (dict(axes={"batch": (16, 32), "train.batch_size": (8,)}), r"its config is that of batch"),
         (dict(axes={"path": ("a,b",)}), "has a comma"),
@@ -154,6 +157,11 @@ def test_arms_may_differ_in_their_stages(tmp_path):
         (dict(rates=()), "give one or more"),
         (dict(seeds=0), "runs nothing"),
         (dict(skip=({"btach": 1},)), "did you mean 'batch'"),
+        (
+            dict(score="eval/tets/top1"),
+            "no evaluator gives 'eval/tets/top1'; did you mean 'eval/te",
+        ),
+        (dict(contrasts={"c": ("batch=16,width=a", "batch=16")}), "contrast 'c': no arm is 'batch"),
     ],
 )
 def test_what_cannot_be_studied(fields, said):
@@ -164,7 +172,7 @@ def test_what_cannot_be_studied(fields, said):
 def test_what_connectors_cannot_meet_is_said_before_anything_runs(tmp_path):
     (tmp_path / "base.py").write_text(VLM)
     file = tmp_path / "base.py"
-    study = Study(config=str(file), axes={"side": (2, 5, 6)}, metric="eval/x", rates=(1e-3,))
+    study = Study(config=str(file), axes={"side": (2, 5, 6)}, metric="eval/x/y", rates=(1e-3,))
     with pytest.raises(StudyError) as error:
         plan(study)
     text = str(error.value)

@@ -1,16 +1,17 @@
 """The report of a study: its figures are those of its rows, and it needs no other file."""
 
+import dataclasses
 import re
 from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import stats
 
-from mmjax.study import Answers, Results, Study, write_report
-from mmjax.study.statistics import paired_difference, rank_arms, steps_to
-from mmjax.study.tables import Comparison, make_tables
+from mmjax.study import Answers, Results, Study, StudyError, plan, write_report
+from mmjax.study.comparison import Comparison
+from mmjax.study.statistics import steps_to
+from mmjax.study.tables import make_tables
 
 STUDY = Study(
     config="configs/a_b.py",
@@ -34,7 +35,7 @@ def make_results(answered: bool) -> Results:
             score = 0.5 + noise[seed] + 0.02 * number + 0.004 * rng.normal()
             score -= 0.3 * (rate != rates[name])
             row = dict(arm=name, connector=connector, tokens=tokens, rate=rate, seed=seed)
-            row |= dict(order=f"digest {seed}", seconds=60.0)
+            row |= dict(order=f"digest {seed}", seconds=60.0, code="abc", devices="", packages="")
             rows.append(row | {"eval/x/accuracy": score, "eval/x/blind/accuracy": 0.25})
     costs = pd.DataFrame({"arm": NAMES, "parameters": [10, 20, 30, 40]})
     costs["visual tokens"] = [4, 16, 4, 16]
@@ -49,120 +50,160 @@ def make_results(answered: bool) -> Results:
             name: pd.DataFrame(rng.random((4, 30)) < 0.3 + 0.1 * n, range(4), ids, dtype=float)
             for n, name in enumerate(NAMES)
         }
+        for row in rows:
+            if row["rate"] == rates[row["arm"]]:
+                row["eval/x/accuracy"] = scores[row["arm"]].loc[row["seed"]].mean()
         answers = Answers(scores, groups, images)
     return Results(pd.DataFrame(rows), rates, costs, losses, answers)
 
 
-def test_differences_are_paired_by_seed():
-    results = make_results(False)
-    assert len(results.chosen) == 16
-    one, other = (
-        results.chosen[results.chosen.arm == arm].set_index("seed")[["eval/x/accuracy"]]
-        for arm in (NAMES[0], NAMES[3])
-    )
-    found = paired_difference(one, other)
-    differences = (one - other).to_numpy().ravel()
-    assert found.mean == pytest.approx(differences.mean())
-    # The bootstrap of scipy; unpaired, the interval would hold 0.
-    expected = stats.bootstrap(
-        (differences,), np.mean, method="percentile", random_state=0
-    ).confidence_interval
-    assert (found.low, found.high) == pytest.approx(tuple(expected), abs=2e-3)
-    assert found.tells and found.high < 0 < one.std().item()
-    # Rows in another order, and a seed that one of them lacks.
-    again = paired_difference(one[::-1], other[:3])
-    assert again.mean == pytest.approx(differences[:3].mean())
-    alone = paired_difference(one[:1], other[:1])
-    assert np.isnan(alone[1:]).all() and not alone.tells
-
-
-def test_images_are_drawn_with_all_of_their_questions():
-    """With one seed, the interval is that of the means of images; questions of an image agree."""
-    rng = np.random.default_rng(1)
-    images = pd.Series(np.repeat(np.arange(40), 5), [f"q{i}" for i in range(200)])
-    right = pd.DataFrame([np.repeat(rng.random(40) < 0.6, 5)], columns=images.index, dtype=float)
-    found = paired_difference(right, right * 0, images)
-    expected = stats.bootstrap(
-        (right.to_numpy()[0, ::5],), np.mean, method="percentile", random_state=0
-    ).confidence_interval
-    assert (found.low, found.high) == pytest.approx(tuple(expected), abs=0.015)
-    narrow = paired_difference(right, right * 0)
-    assert narrow.high - narrow.low < 0.6 * (found.high - found.low)
-
-
-def test_ranks():
-    """The example of Demšar (2006), table 2: four algorithms on fourteen data sets. (Its ranks tell
-    that the two 0.975 of one row differ.)"""
-    blocks = pd.DataFrame(
-        [
-            (0.763, 0.768, 0.771, 0.798), (0.599, 0.591, 0.590, 0.569),
-            (0.954, 0.971, 0.968, 0.967), (0.628, 0.661, 0.654, 0.657),
-            (0.882, 0.888, 0.886, 0.898), (0.936, 0.931, 0.916, 0.931),
-            (0.661, 0.668, 0.609, 0.685), (0.583, 0.583, 0.563, 0.625),
-            (0.775, 0.838, 0.866, 0.875), (1.000, 1.000, 1.000, 1.000),
-            (0.940, 0.962, 0.965, 0.962), (0.619, 0.666, 0.614, 0.669),
-            (0.972, 0.981, 0.9751, 0.975), (0.957, 0.978, 0.946, 0.970),
-        ],
-        columns=["C4.5", "C4.5+m", "C4.5+cf", "C4.5+m+cf"],
-    )  # fmt: skip
-    ranks = rank_arms(blocks)
-    assert ranks.mean.round(3).to_dict() == {
-        "C4.5+m+cf": 1.964, "C4.5+m": 2.000, "C4.5+cf": 2.893, "C4.5": 3.143,
-    }  # fmt: skip
-    assert ranks.blocks == 14
-    assert ranks.p == pytest.approx(stats.friedmanchisquare(*blocks.to_numpy().T).pvalue)
-    # Table 5 of the paper: q = 2.569 for four; its own example, of 0.10, has 2.291.
-    assert ranks.distance == pytest.approx(2.569 * np.sqrt(4 * 5 / (6 * 14)), abs=1e-3)
-    assert rank_arms(blocks.iloc[:1, :1]).blocks == 1
-
-
 def test_steps_to_a_loss():
     losses = pd.DataFrame({0: [3.0, 2.0, 1.0], 1: [3.0, 1.0, 1.0]}, index=[10, 20, 30])
-    assert steps_to(losses, 1.5) == 20 and np.isnan(steps_to(losses, 0.5))
+    # Means of the seeds are 3, 1.5, 1; of these and the rows before, 3, 2.25, 1.83.
+    assert steps_to(losses, 2.25) == 20 and np.isnan(steps_to(losses, 1.5))
 
 
 def test_tables():
     results = make_results(False)
-    main, controls, costs, tokens, parameters, effects = make_tables(Comparison(STUDY, results))
+    found = Comparison(STUDY, results)
+    main, controls, costs, tokens, parameters, effects = make_tables(found)
     assert [row[0] for row in main.rows] == NAMES[::-1]
     chosen = results.chosen
     own = chosen[chosen.arm == main.rows[0][0]]["eval/x/accuracy"]
+    assert main.rows[0][1] == "0.001 (lowest)"
     assert main.rows[0][3] == f"{own.mean():.4g} ± {own.std():.2g}"
-    assert main.rows[0][5] == "" and main.rows[3][4] == "4.00"
+    assert main.rows[0][5:] == ["", ""] and main.rows[3][4] == "4.00"
+    # Far apart beside their noise: paired, they are told apart.
+    assert float(main.rows[3][5]) == pytest.approx(
+        found.mean[NAMES[0]] - found.mean[NAMES[3]], abs=1e-4
+    )
+    assert main.rows[3][6] == "< 0.001" and "with other seeds too" in main.note
     assert [row[2] for row in controls.rows] == ["0.25 ± 0"] * 4
     assert costs.head == (
         "arm", "parameters", "visual tokens", "connector parameters", "seconds a run",
-        "steps to loss 1.17",
+        "hours in all", "steps to loss 1.58",
     )  # fmt: skip
-    assert costs.rows[0] == [NAMES[3], "40", "16", "300", "60", "1"]
+    # Five runs of a minute.
+    assert costs.rows[0] == [NAMES[3], "40", "16", "300", "60", "0.08333", "1"]
     # Best first among those that cost the same.
     assert [row[0] for row in tokens.rows] == [NAMES[2], NAMES[0], NAMES[3], NAMES[1]]
     assert [row[:2] for row in parameters.rows] == [
         [NAMES[1], "100 to 105"], [NAMES[0], "100 to 105"],
     ]  # fmt: skip
-    means = {(row[0], row[1]): float(row[3].split()[0]) for row in effects.rows}
-    for axis, level in means:
-        part = chosen[chosen[axis] == level]["eval/x/accuracy"]
-        assert means[axis, level] == pytest.approx(part.mean(), abs=1e-4)
+    assert [row[:3] for row in effects.rows] == [
+        ["connector", "mlp to linear", "2"], ["tokens", "4 to 16", "2"],
+    ]  # fmt: skip
     latex = main.latex()
-    assert r"connector=linear,tokens=16 & 0.001 & 4 &" in latex and r"$\pm$" in latex
+    assert r"connector=linear,tokens=16 & 0.001 (lowest) & 4 &" in latex and r"$\pm$" in latex
     assert latex.count(r"\\") == 5 and "±" not in latex
+
+
+def test_effects_and_interactions():
+    """Tokens add to one connector and take from the other."""
+    results = make_results(False)
+    score = "eval/x/accuracy"
+    last = (results.rows.arm == NAMES[3]) & (results.rows.rate == results.rates[NAMES[3]])
+    results.rows.loc[last, score] -= 0.04
+    found = Comparison(STUDY, results)
+    connector, tokens = found.effects()
+    mean = found.mean
+    by = {"mlp": mean[NAMES[1]] - mean[NAMES[0]], "linear": mean[NAMES[3]] - mean[NAMES[2]]}
+    assert tokens.by == pytest.approx(by) and by["linear"] < 0 < by["mlp"]
+    assert tokens.interval.mean == pytest.approx(np.mean(list(by.values())))
+    assert not tokens.interval.tells and tokens.p > 0.1 and tokens.p_alike < 0.001
+    assert connector.interval.tells and connector.p_alike == pytest.approx(tokens.p_alike)
+    # Half of the variance of a difference of two arms.
+    half = found.difference(NAMES[0], NAMES[1])
+    width = (half.high - half.low) / np.sqrt(2)
+    assert tokens.interval.high - tokens.interval.low == pytest.approx(width)
+
+
+def test_contrasts():
+    contrasts = {"a": ([NAMES[2], NAMES[3]], [NAMES[0], NAMES[1]]), "b": (NAMES[1], NAMES[0])}
+    study = dataclasses.replace(STUDY, contrasts=contrasts)
+    found = Comparison(study, make_results(True))
+    first, second = found.contrasts()
+    mean = found.mean
+    assert first.interval.mean == pytest.approx(mean[NAMES[2:]].mean() - mean[NAMES[:2]].mean())
+    assert second.interval == pytest.approx(found.difference(NAMES[1], NAMES[0]))
+    alone = found.errors.p(first.interval.mean, 1.0), found.errors.p(second.interval.mean)
+    assert sorted([first.p, second.p])[0] == pytest.approx(min(1, 2 * min(alone)))
+    assert make_tables(found)[1].title == "Contrasts"
+    assert plan_fails(dataclasses.replace(study, contrasts={"a": ("connector=mlp", NAMES[0])}))
+
+
+def plan_fails(study):
+    with pytest.raises(StudyError, match="contrast 'a': no arm is 'connector=mlp'; did you mean"):
+        plan(study)
+    return True
 
 
 def test_groups_of_questions():
     results = make_results(True)
     rows = results.rows
     for group in ("counting", "text"):
-        rows[f"eval/x/{group}/blind/accuracy"] = 0.2
+        # One baseline for all arms: the mean of theirs, 0.2.
+        rows[f"eval/x/{group}/blind/accuracy"] = np.where(rows.arm == NAMES[0], 0.5, 0.1)
     groups = make_tables(Comparison(STUDY, results))[1]
     assert groups.head == ["arm", "counting", "text", "mean", "normalised"]
     answers = results.answers
     scores = answers.scores[NAMES[3]]
     text = scores.loc[:, (answers.groups == "text").to_numpy()].to_numpy().mean()
     counting = scores.loc[:, (answers.groups == "counting").to_numpy()].to_numpy().mean()
-    said = [float(cell.split()[0]) for cell in groups.rows[0][1:]]
+    said = [float(cell.split()[0]) for cell in next(r for r in groups.rows if r[0] == NAMES[3])[1:]]
     mean = (text + counting) / 2
     assert said == pytest.approx([counting, text, mean, (mean - 0.2) / 0.8], abs=1e-4)
+
+
+@pytest.mark.parametrize("group", ["text", "macro"])
+def test_arms_compared_by_a_part_of_the_questions(group):
+    """Differences are those of the score that is printed."""
+    study = dataclasses.replace(STUDY, metric=f"eval/x/{group}/accuracy")
+    results = make_results(True)
+    answers, rows = results.answers, results.rows
+    names = ["text"] if group == "text" else ["counting", "text"]
+    for arm in NAMES:
+        parts = [answers.scores[arm].loc[:, (answers.groups == n).to_numpy()] for n in names]
+        means = sum(part.mean(axis=1) for part in parts) / len(parts)
+        rows.loc[rows.arm == arm, study.metric] = rows[rows.arm == arm].seed.map(means)
+    found = Comparison(study, results)
+    one, other = found.mean.index[:2]
+    images = found.over_images(one, other)
+    assert images.low < images.mean == found.mean[one] - found.mean[other] < images.high
+    assert found.asked.sum() == pytest.approx(1)
+    assert (found.asked > 0).sum() == (20 if group == "text" else 30)
+    # A score that is no mean of these answers has no such intervals.
+    rows[study.metric] += 0.1
+    assert np.isnan(Comparison(study, results).over_images(one, other).low)
+
+
+def test_above_a_control():
+    results = make_results(True)
+    scores = results.answers.scores
+    blind = {arm: table * 0 + 0.25 for arm, table in scores.items()}
+    blind[NAMES[0]].iloc[:, 0] = np.nan  # one that could not be asked, of one arm
+    answers = dataclasses.replace(results.answers, controls={"blind": blind})
+    found = Comparison(STUDY, dataclasses.replace(results, answers=answers))
+    above = found.above("blind", "")
+    assert above[NAMES[3]].mean == pytest.approx(
+        scores[NAMES[3]].iloc[:, 1:].to_numpy().mean() - 0.25
+    )
+    assert above[NAMES[3]].low < above[NAMES[3]].mean < above[NAMES[3]].high
+    assert above[NAMES[3]].tells
+    titles = [table.title for table in make_tables(found)]
+    assert "Above blind" in titles and "Above shuffled" not in titles
+
+
+def test_an_arm_that_lacks_a_seed():
+    results = make_results(False)
+    keep = (results.rows.arm != NAMES[1]) | (results.rows.seed < 3)
+    found = Comparison(STUDY, dataclasses.replace(results, rows=results.rows[keep]))
+    assert found.whole == [NAMES[3], NAMES[2], NAMES[0]] and NAMES[1] not in found.ranks().mean
+    short, full = found.difference(NAMES[1], NAMES[0]), found.difference(NAMES[2], NAMES[0])
+    assert short.high - short.low == pytest.approx(
+        (full.high - full.low) * np.sqrt((1 + 4 / 3) / 2)
+    )
+    assert found.p(NAMES[1], NAMES[0]) < 1
 
 
 def test_orders_of_data_are_compared(tmp_path):
@@ -172,6 +213,10 @@ def test_orders_of_data_are_compared(tmp_path):
     results.rows.loc[results.rows.index[-1], "order"] = "another"
     write_report(tmp_path, STUDY, results, {})
     assert f"ORDER OF THE DATA DIFFERS: {NAMES[3]} saw" in (tmp_path / "report.md").read_text()
+    assert "Code of all runs: abc." in (tmp_path / "report.md").read_text()
+    results.rows.loc[0, "code"] = "def"
+    write_report(tmp_path, STUDY, results, {})
+    assert "CODE OF RUNS DIFFER: def; abc." in (tmp_path / "report.md").read_text()
 
 
 def test_a_page_of_its_own(tmp_path):
@@ -185,12 +230,13 @@ def test_a_page_of_its_own(tmp_path):
     assert page.count("<svg") == 10 and "error: 1 &lt; 2 &amp; 3" in page
     figures = sorted((tmp_path / "one" / "figures").iterdir())
     assert [figure.stem for figure in figures] == [
-        "arms", "groups", "interaction", "losses", "pareto_connector_parameters",
+        "arms", "groups", "interaction_connector_tokens", "losses", "pareto_connector_parameters",
         "pareto_parameters", "pareto_visual_tokens", "ranks", "search", "tokens",
     ]  # fmt: skip
     for figure in figures:
         words = " ".join(ElementTree.parse(figure).getroot().itertext())
         assert any(word in words for word in ("eval/x/accuracy", "train/loss", "mean rank"))
+    assert len(pd.read_csv(tmp_path / "one" / "pairs.csv")) == 6
     text = (tmp_path / "one" / "report.md").read_text()
     assert "16 runs" not in text and "20 runs finished, 1 failed" in text
     assert all(f"figures/{figure.name}" in text for figure in figures)

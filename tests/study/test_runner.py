@@ -14,7 +14,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from mmjax import config as configs
 from mmjax.study import Local, Study, StudyError, run_study, runner
+from mmjax.study.grid import config_of
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDY = Study(
@@ -36,12 +38,13 @@ class Imitation:
     def call(self, arguments, log, cache, slot):
         text = arguments[arguments.index("--config") + 1]
         workdir = Path(arguments[arguments.index("--workdir") + 1])
+        config = config_of(arguments[2:-2])
         if "lr=" not in text:  # comes before the arms
             self.called.append(text)
             if "before" in self.broken:
                 log.write_text("error: it cannot be\n")
                 return 1
-            self.finish(workdir, 0, [])
+            self.finish(workdir, 0, [], config)
             return 0
         batch, rate = re.search(r"batch=(\d+),lr=([\d.e-]+)", text).groups()
         seed = re.search(r"--config.seed=(\d+)", " ".join(arguments))[1]
@@ -58,14 +61,16 @@ class Imitation:
             {"step": 1, "train/loss": 1.0},
             {"step": 2, "eval/test/top1": score, "eval/other/top1": 1 - score},
         ]
-        self.finish(workdir, seed, rows)
+        self.finish(workdir, seed, rows, config)
         return 0
 
     @staticmethod
-    def finish(workdir, seed, rows):
+    def finish(workdir, seed, rows, config):
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "manifest.json").write_text(json.dumps([{"order_sha256": str(seed)}]))
-        (workdir / "config.json").write_text(json.dumps({"evals": {"test": {}, "other": {}}}))
+        digests = {"config_sha256": "c", "parameters_sha256": "p", "order_sha256": str(seed)}
+        facts = {"code": "x", "devices": ["1 x cpu"], "packages": {}}
+        (workdir / "manifest.json").write_text(json.dumps([digests | facts]))
+        (workdir / "config.json").write_text(configs.to_json(config))
         (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def start(self):
@@ -104,7 +109,7 @@ def test_rates_then_seeds(tmp_path, monkeypatch):
     assert summary["eval/test/top1/mean"].tolist() == pytest.approx([0.51, 0.61, 0.61])
     assert summary["eval/test/top1/std"].tolist() == pytest.approx([0.01] * 3)
     report = (tmp_path / "report.md").read_text()
-    assert "| batch=32 | 0.01 | 3 | 0.61 ± 0.01 |" in report
+    assert "| batch=32 | 0.01 (highest) | 3 | 0.61 ± 0.01 |" in report
     # Again there is nothing to do.
     assert run(tmp_path, monkeypatch)[:2] == ({}, [])
 
@@ -129,13 +134,32 @@ def without_seconds(report):
     return re.sub(r"## Costs.*?(?=\n!\[|\n## )", "", report, flags=re.S)
 
 
+def with_another_score(directory, more=""):
+    """A config with a further evaluator."""
+    file = directory / "base.py"
+    file.write_text(
+        f"""
+from mmjax import config as configs
+
+
+def get_config(arg=None):
+    config = configs.load({str(ROOT / STUDY.config)!r} + (":" + arg if arg else ""))
+    with config.unlocked():
+        config.evals.other = config.evals.test
+    {more}
+    return config
+"""
+    )
+    return str(file)
+
+
 def test_arms_are_compared_by_another_score(tmp_path, monkeypatch):
-    study = dataclasses.replace(STUDY, score="eval/other/top1")
-    run(tmp_path, monkeypatch, study)
-    assert tables(tmp_path)[1].rate.tolist() == [1e-3, 1e-2, 1e-2]  # as before
-    report = (tmp_path / "report.md").read_text()
+    study = dataclasses.replace(STUDY, config=with_another_score(tmp_path), score="eval/other/top1")
+    run(tmp_path / "study", monkeypatch, study)
+    assert tables(tmp_path / "study")[1].rate.tolist() == [1e-3, 1e-2, 1e-2]  # as before
+    report = (tmp_path / "study" / "report.md").read_text()
     # Of the seeds 0 to 2: 0.5 + 0.1 - 0.02 is not the best now.
-    assert "| batch=16 | 0.001 | 3 | 0.49 ± 0.01 |" in report
+    assert "| batch=16 | 0.001 (lowest) | 3 | 0.49 ± 0.01 |" in report
     assert report.index("| batch=16 |") < report.index("| batch=32 |")
 
 
@@ -171,16 +195,70 @@ def test_what_fails_does_not_stop_the_rest(tmp_path, monkeypatch):
 
 def test_a_directory_of_another_study(tmp_path, monkeypatch):
     run(tmp_path / "a", monkeypatch)
-    other = Study(**{**vars(STUDY), "rates": (1e-3,)})
-    with pytest.raises(StudyError, match=r"rates: \[0.001, 0.01\] there, \[0.001\] here"):
-        run(tmp_path / "a", monkeypatch, study=other)
+    for fields, said in (
+        (dict(rates=(1e-3,)), r"rates: \[0.001, 0.01\] there, \[0.001\] here"),
+        (dict(seeds=2), "seeds: 3 there, 2 here"),
+        (dict(axes={"batch": (16, 32)}), "axes: "),
+    ):
+        with pytest.raises(StudyError, match=said):
+            run(tmp_path / "a", monkeypatch, study=dataclasses.replace(STUDY, **fields))
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "notes.txt").write_text("mine")
     with pytest.raises(StudyError, match="holds no study"):
         run(tmp_path / "b", monkeypatch)
-    unknown = Study(**{**vars(STUDY), "metric": "eval/test/top2"})
+    unknown = dataclasses.replace(STUDY, metric="eval/test/top2")
     with pytest.raises(StudyError, match="did you mean 'eval/test/top1'"):
         run(tmp_path / "c", monkeypatch, study=unknown)
+
+
+def test_a_study_goes_on_with_more_seeds_and_rates(tmp_path, monkeypatch):
+    run(tmp_path, monkeypatch)
+    more = dataclasses.replace(STUDY, seeds=4, rates=(1e-4, *STUDY.rates))
+    failures, called, _ = run(tmp_path, monkeypatch, study=more)
+    # The smallest batch likes small rates alike, and its first is the best then.
+    assert failures == {} and [name for name in called if name[2] == 0] == [
+        (16, 1e-4, 0), (32, 1e-4, 0), (64, 1e-4, 0),
+    ]  # fmt: skip
+    assert [name for name in called if name[0] == 32 and name[2]] == [(32, 1e-2, 3)]
+    with pytest.raises(StudyError, match="seeds: 4 there, 3 here"):
+        run(tmp_path, monkeypatch)
+
+
+def test_finished_runs_of_another_config(tmp_path, monkeypatch):
+    """A report must not mix them."""
+    study = dataclasses.replace(STUDY, config=with_another_score(tmp_path))
+    run(tmp_path / "study", monkeypatch, study, stop_after=5)
+    with_another_score(tmp_path, "config.model.depth = 7")
+    with pytest.raises(StudyError, match=r"(?s)5 finished runs .*model.depth: \d -> 7.*Undo that"):
+        run(tmp_path / "study", monkeypatch, study)
+    with_another_score(tmp_path)
+    assert len(run(tmp_path / "study", monkeypatch, study)[1]) == 7
+
+
+def test_all_jobs_are_cancelled(tmp_path, monkeypatch):
+    """Those of a cluster would go on, the one that is waited for too."""
+
+    class Job:
+        cancelled = False
+
+        def result(self):
+            raise KeyboardInterrupt
+
+        def cancel(self):
+            self.cancelled = True
+
+    class Cluster:
+        def __init__(self):
+            self.jobs = []
+
+        def submit(self, function, *args):
+            self.jobs.append(Job())
+            return self.jobs[-1]
+
+    cluster = Cluster()
+    with pytest.raises(KeyboardInterrupt):
+        run_study(STUDY, tmp_path, cluster, lambda text: None)
+    assert len(cluster.jobs) == 6 and all(job.cancelled for job in cluster.jobs)
 
 
 def test_jobs_that_submitit_starts(tmp_path, monkeypatch):
@@ -194,15 +272,15 @@ def test_jobs_that_submitit_starts(tmp_path, monkeypatch):
 
 
 def test_one_process_a_device():
-    local = Local((3, 5))
+    local = Local(("3", "GPU-5"))
     seen = [local.submit(lambda slot: slot.device) for _ in range(8)]
-    assert {job.result() for job in concurrent.futures.as_completed(seen)} <= {3, 5}
+    assert {job.result() for job in concurrent.futures.as_completed(seen)} <= {"3", "GPU-5"}
     assert Local(()).submit(lambda slot: slot).result() == runner.Slot()
 
 
 def test_several_processes_share_a_device_or_the_cores():
-    slots = runner._slots((3, 5), 3)
-    assert [slot.device for slot in slots] == [3, 5] * 3
+    slots = runner._slots(("3", "5"), 3)
+    assert [slot.device for slot in slots] == ["3", "5"] * 3
     assert {slot.memory for slot in slots} == {0.3}
     cores = os.sched_getaffinity(0)
     shares = [slot.cores for slot in runner._slots((), len(cores))]
