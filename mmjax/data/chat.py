@@ -73,8 +73,9 @@ class Template:
       between: after each answer, not learnt.
       answer: text around an answer that belongs to it.
       chunk: of a document, an answer to nobody, what ends the text of one image before the next one
-        stands; learnt. The last text ends as every answer does, and nothing stands before the
-        first. Empty: documents are answers like others.
+        stands; learnt. The last text ends as every answer does. What precedes the first image is of
+        no chunk: it is not learnt, and nothing ends it, as in OpenFlamingo; a document without
+        images is learnt whole. Empty: documents are answers like others.
       inside: whether the system's words are part of the user's first turn.
       silent: whether the user's and the system's words are left out.
       images_first: whether the images of a turn of the user stand before it, wherever in its words
@@ -131,11 +132,13 @@ class Template:
             else:
                 before, end = self.assistant
                 opening, closing = self.answer
-                if self.chunk and len(turns) == 1:  # a document, as it is
+                document = bool(self.chunk) and len(turns) == 1
+                if document:  # as it is
                     before, opening, closing = (), "", ""
                 yield from _unlearnt(before)
-                for part in (opening, *self._chunks(said), closing):
-                    yield part, True
+                yield opening, True
+                yield from self._chunks(said, document)
+                yield closing, True
                 # An image without its text is also how a caption is asked for: that an end follows
                 # must not be learnt.
                 alone = len(turns) == 1 and not turn.text.strip()
@@ -143,12 +146,18 @@ class Template:
                     yield part, not alone
                 yield from _unlearnt(self.between)
 
-    def _chunks(self, said: tuple[str | Picture, ...]) -> Iterator[Part]:
-        """A document: what ends its chunks, between them."""
-        for before, part in zip((None, *said), said, strict=False):
-            if isinstance(part, Picture) and isinstance(before, str):
-                yield from self.chunk
-            yield part
+    def _chunks(
+        self, said: tuple[str | Picture, ...], document: bool
+    ) -> Iterator[tuple[Part, bool]]:
+        """An answer, or a document: what ends its chunks, between them."""
+        pictures = [number for number, part in enumerate(said) if isinstance(part, Picture)]
+        first = pictures[0] if document and pictures else 0
+        for number, part in enumerate(said):
+            # The part before an image is a text, or another image of the same chunk.
+            if number > first and isinstance(part, Picture) and isinstance(said[number - 1], str):
+                for end in self.chunk:
+                    yield end, True
+            yield part, number >= first
 
 
 def _unlearnt(parts: Iterable[Part]) -> Iterator[tuple[Part, bool]]:

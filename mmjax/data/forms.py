@@ -56,29 +56,29 @@ def _images(value: Any) -> tuple[Any, ...]:
     return tuple(value) if several else (value,)
 
 
-def _rows(value: Any) -> list[dict[str, Any]]:
+def as_rows(value: Any) -> list[dict[str, Any]]:
     """TFDS gives a sequence of groups as a group of sequences."""
     if isinstance(value, Mapping):
         return [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
     return list(value)
 
 
-def _pick(values: Sequence[Any], rng: np.random.Generator | None) -> Any:
+def pick(values: Sequence[Any], rng: np.random.Generator | None) -> Any:
     return values[0 if rng is None else int(rng.integers(len(values)))]
 
 
-def _text(value: Any, field: str) -> str:
+def as_text(value: Any, field: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise BadRecordError(f"the field {field!r} holds no text but {value!r}")
     return value
 
 
-def _texts(value: Any, field: str) -> list[str]:
+def as_texts(value: Any, field: str) -> list[str]:
     """One text or several, at least one."""
     values = [value] if isinstance(value, str) else list(value) if value is not None else []
     if not values:
         raise BadRecordError(f"the field {field!r} holds no text")
-    return [_text(item, field) for item in values]
+    return [as_text(item, field) for item in values]
 
 
 def _marked(text: str, first: int) -> tuple[str | int, ...]:
@@ -143,17 +143,17 @@ class Questions:
 
     def __call__(self, record, name, rng):
         image = _single(_images(get_field(record, self.image_field, name)))
-        rows = _rows(get_field(record, self.questions_field, name))
+        rows = as_rows(get_field(record, self.questions_field, name))
         if not rows:
             raise BadRecordError(f"nothing to supervise: {self.questions_field!r} is empty")
         chosen = range(len(rows)) if rng is None else rng.permutation(len(rows))
         said = [
-            (_text(rows[index]["question"], "question"), _text(rows[index]["answer"], "answer"))
+            (as_text(rows[index]["question"], "question"), as_text(rows[index]["answer"], "answer"))
             for index in chosen[: self.turns]
         ]
         if rng is not None and self.caption and rng.random() < self.caption:
-            texts = _texts(get_field(record, self.caption_field, name), self.caption_field)
-            said.append((_pick(self.prompts, rng), _pick(texts, rng)))
+            texts = as_texts(get_field(record, self.caption_field, name), self.caption_field)
+            said.append((pick(self.prompts, rng), pick(texts, rng)))
         turns = []
         for question, answer in said:
             text = question + self.suffix
@@ -164,15 +164,15 @@ class Questions:
 
     def questions(self, record, name):
         image = _single(_images(get_field(record, self.image_field, name)))
-        for number, row in enumerate(_rows(get_field(record, self.questions_field, name))):
-            text = _text(row["question"], "question")
+        for number, row in enumerate(as_rows(get_field(record, self.questions_field, name))):
+            text = as_text(row["question"], "question")
             # Empty strings fill lists that a data set stores at one length.
             choices = tuple(choice for choice in row.get("choices", ()) if choice)
             yield Asked(
                 key=str(number),
                 group=row.get("group", ""),
                 text=text,
-                answers=(_text(row["answer"], "answer"),),
+                answers=(as_text(row["answer"], "answer"),),
                 choices=choices or None,
                 image=image,
                 question=_about_image(text + self.suffix),
@@ -206,17 +206,17 @@ class Described:
             raise ValueError(f"retell={self.retell} is a share: it must be in [0, 1].")
 
     def __call__(self, record, name, rng):
-        rows = _rows(get_field(record, self.questions_field, name))
+        rows = as_rows(get_field(record, self.questions_field, name))
         if not rows:
             raise BadRecordError(f"nothing to supervise: {self.questions_field!r} is empty")
         texts = self._texts(record, name)
         chosen = range(len(rows)) if rng is None else rng.permutation(len(rows))
         said = [
-            (_text(rows[index]["question"], "question"), _text(rows[index]["answer"], "answer"))
+            (as_text(rows[index]["question"], "question"), as_text(rows[index]["answer"], "answer"))
             for index in chosen[: self.turns]
         ]
         if rng is not None and len(texts) > 1 and rng.random() < self.retell:
-            said.append((_pick(self.prompts, rng), _pick(texts[1:], rng)))
+            said.append((pick(self.prompts, rng), pick(texts[1:], rng)))
         turns = []
         for question, answer in said:
             asked = question if turns else f"{texts[0]}\n{question}"
@@ -224,13 +224,13 @@ class Described:
         return Conversation(tuple(turns)).check()
 
     def questions(self, record, name):
-        for number, row in enumerate(_rows(get_field(record, self.questions_field, name))):
-            text = _text(row["question"], "question")
+        for number, row in enumerate(as_rows(get_field(record, self.questions_field, name))):
+            text = as_text(row["question"], "question")
             yield Asked(
                 key=str(number),
                 group=row.get("group", ""),
                 text=text,
-                answers=(_text(row["answer"], "answer"),),
+                answers=(as_text(row["answer"], "answer"),),
                 choices=tuple(choice for choice in row.get("choices", ()) if choice) or None,
                 image=None,
                 question=Turn("user", (f"{self._texts(record, name)[0]}\n{text}",)),
@@ -238,7 +238,7 @@ class Described:
 
     def _texts(self, record, name) -> list[str]:
         field = self.description_field
-        return _texts(get_field(record, field, name), field)
+        return as_texts(get_field(record, field, name), field)
 
 
 @FORMS.register("caption")
@@ -248,11 +248,15 @@ class Caption:
 
     Args:
       prompts: what the user says, of which training draws one.
+      document: whether training has them as a document of one image and its text instead, which
+        answers nobody: "<image>a dog<|endofchunk|>" under the template "openflamingo", as
+        OpenFlamingo has its pairs. Evaluation asks with the first prompt all the same.
       also_field: a text, or several or none, that are right in evaluation too.
       group_field: what evaluation groups images by.
     """
 
     prompts: tuple[str, ...] = ("Describe the image.",)
+    document: bool = False
     image_field: str = "image"
     text_field: str = "text"
     also_field: str | None = None
@@ -260,18 +264,20 @@ class Caption:
 
     def __call__(self, record, name, rng):
         image = _single(_images(get_field(record, self.image_field, name)))
-        texts = _texts(get_field(record, self.text_field, name), self.text_field)
+        texts = as_texts(get_field(record, self.text_field, name), self.text_field)
+        if self.document:
+            return Conversation((Turn("assistant", (0, pick(texts, rng))),), (image,)).check()
         turns = (
-            _about_image(_pick(self.prompts, rng)),
-            Turn("assistant", (_pick(texts, rng),)),
+            _about_image(pick(self.prompts, rng)),
+            Turn("assistant", (pick(texts, rng),)),
         )
         return Conversation(turns, (image,)).check()
 
     def questions(self, record, name):
-        texts = _texts(get_field(record, self.text_field, name), self.text_field)
+        texts = as_texts(get_field(record, self.text_field, name), self.text_field)
         if self.also_field is not None:
             also = get_field(record, self.also_field, name)
-            texts += _texts(also, self.also_field) if len(also) else []
+            texts += as_texts(also, self.also_field) if len(also) else []
         yield Asked(
             key="caption",
             group=_group(record, self.group_field, name) or "caption",
@@ -306,14 +312,14 @@ class Drawing:
 
     def __call__(self, record, name, rng):
         image = _single(_images(get_field(record, self.image_field, name)))
-        texts = _texts(get_field(record, self.text_field, name), self.text_field)
+        texts = as_texts(get_field(record, self.text_field, name), self.text_field)
         drawn = Turn("assistant", (0,))
         if rng is not None and rng.random() < self.alone:
             return Conversation((drawn,), (image,)).check()
-        return Conversation((Turn("user", (_pick(texts, rng),)), drawn), (image,)).check()
+        return Conversation((Turn("user", (pick(texts, rng),)), drawn), (image,)).check()
 
     def questions(self, record, name):
-        texts = _texts(get_field(record, self.text_field, name), self.text_field)
+        texts = as_texts(get_field(record, self.text_field, name), self.text_field)
         yield Asked(
             key="drawing",
             group=_group(record, self.group_field, name),
@@ -348,8 +354,8 @@ class VQA:
         if isinstance(value, Mapping) or (
             isinstance(value, (list, tuple)) and value and isinstance(value[0], Mapping)
         ):
-            value = [row["answer"] for row in _rows(value)]
-        answers = _texts(value, self.answer_field)
+            value = [row["answer"] for row in as_rows(value)]
+        answers = as_texts(value, self.answer_field)
         # Of those equally frequent the first.
         best = collections.Counter(answers).most_common(1)[0][0]
         return [best, *(answers[: answers.index(best)] + answers[answers.index(best) + 1 :])]
@@ -360,7 +366,7 @@ class VQA:
 
     def questions(self, record, name):
         images = _images(get_field(record, self.image_field, name))
-        text = _text(get_field(record, self.question_field, name), self.question_field)
+        text = as_text(get_field(record, self.question_field, name), self.question_field)
         choices = None
         if self.choices_field is not None:
             choices = tuple(get_field(record, self.choices_field, name)) or None
@@ -396,7 +402,7 @@ class Llava:
     def __call__(self, record, name, rng):
         turns: list[Turn] = []
         found = 0
-        for row in _rows(get_field(record, self.conversations_field, name)):
+        for row in as_rows(get_field(record, self.conversations_field, name)):
             speaker, value = row.get("from"), row.get("value")
             if speaker not in _SPEAKERS:
                 raise BadRecordError(f"a turn is from {speaker!r}, not human or gpt")
@@ -425,7 +431,7 @@ class Messages:
         beside = list(_images(record.get(self.images_field)))
         turns: list[Turn] = []
         found = 0
-        for message in _rows(get_field(record, self.messages_field, name)):
+        for message in as_rows(get_field(record, self.messages_field, name)):
             role, content = message.get("role"), message.get("content")
             if role not in ROLES:
                 raise BadRecordError(f"a message has the role {role!r}, not {', '.join(ROLES)}")
@@ -442,7 +448,7 @@ class Messages:
     @staticmethod
     def _parts(content: Any, found: int, images: list[Any]) -> Iterator[str | int]:
         """The parts of one message; what images it holds are added to `images`."""
-        for item in _rows(content):
+        for item in as_rows(content):
             kind = item.get("type")
             if kind in ("image", "image_url"):
                 given = item.get("image", item.get("image_url"))
@@ -454,111 +460,3 @@ class Messages:
                 yield item["text"]
             else:
                 raise BadRecordError(f"a message holds content of the type {kind!r}: {item!r}")
-
-
-@FORMS.register("interleaved")
-@dataclass(frozen=True)
-class Interleaved:
-    """Documents of images and texts, all texts supervised, as OBELICS has them (Laurençon et al.,
-    2023): two lists of one length, in each place a text or an image, and None in the other list.
-
-    Args:
-      images: documents with more are cut after the text of the last of so many.
-      drawn: whether images after the last text stay: models that draw learn them.
-    """
-
-    images: int | None = None
-    drawn: bool = False
-    texts_field: str = "texts"
-    images_field: str = "images"
-
-    def __call__(self, record, name, rng):
-        texts = list(get_field(record, self.texts_field, name))
-        images = list(get_field(record, self.images_field, name))
-        if len(texts) != len(images):
-            raise BadRecordError(
-                f"{self.texts_field!r} has {len(texts)} places, {self.images_field!r} {len(images)}"
-            )
-        parts: list[tuple[str, Any]] = []
-        for text, image in zip(texts, images, strict=True):
-            if (text is None) == (image is None):
-                raise BadRecordError(f"place {len(parts)} must hold either a text or an image")
-            if text is None:
-                parts.append(("image", image))
-            else:
-                parts.append(("text", _text(text, self.texts_field)))
-        return _document(parts, self.images, "\n\n", self.drawn)
-
-
-@FORMS.register("mmc4")
-@dataclass(frozen=True)
-class MMC4:
-    """Documents of MMC4 (Zhu et al., 2023): `text_list` holds sentences, `image_info` images, each
-    with the number of the sentence it was matched to (`matched_text_index`) and how similar CLIP
-    finds them (`matched_sim`). An image stands before its sentence, as in OpenFlamingo.
-
-    Args:
-      images: documents with more are cut after the text of the last of so many.
-      similarity: images less similar are left out; 0.24 in OpenFlamingo.
-      image_key: where an entry of `image_info` has its image.
-    """
-
-    images: int | None = 5
-    similarity: float = 0.24
-    image_key: str = "image"
-    texts_field: str = "text_list"
-    images_field: str = "image_info"
-
-    def __call__(self, record, name, rng):
-        texts = _texts(get_field(record, self.texts_field, name), self.texts_field)
-        before: dict[int, list[Any]] = {}
-        for entry in _rows(get_field(record, self.images_field, name)):
-            place, similarity = entry.get("matched_text_index"), entry.get("matched_sim")
-            if not isinstance(place, int) or not 0 <= place < len(texts):
-                raise BadRecordError(f"an image is matched to the text {place!r} of {len(texts)}")
-            if similarity is None or similarity >= self.similarity:
-                before.setdefault(place, []).append(get_field(entry, self.image_key, name))
-        if not before:
-            raise BadRecordError("none of its images is similar enough to its text")
-        parts: list[tuple[str, Any]] = []
-        for number, text in enumerate(texts):
-            parts += [("image", image) for image in before.get(number, ())]
-            parts.append(("text", text))
-        return _document(parts, self.images, " ")
-
-
-def _document(
-    parts: Sequence[tuple[str, Any]], limit: int | None, space: str, drawn: bool = False
-) -> Conversation:
-    """("text" or "image", it) in their order -> an answer to nobody."""
-    said: list[str | int] = []
-    images: list[Any] = []
-    for kind, part in parts:
-        if kind == "image":
-            if len(images) == limit:
-                break
-            said.append(len(images))
-            images.append(part)
-        elif said and isinstance(said[-1], str):
-            said[-1] += space + part
-        else:
-            said.append(part)
-    # Of an image at the end nothing is said.
-    while said and isinstance(said[-1], int) and not drawn:
-        images.pop()
-        said.pop()
-    if not said:
-        raise BadRecordError("nothing to supervise: there is no text after its images")
-    return Conversation((Turn("assistant", tuple(said)),), tuple(images)).check()
-
-
-@FORMS.register("text")
-@dataclass(frozen=True)
-class Text:
-    """A text without images, all of it supervised: a document, which answers nobody."""
-
-    text_field: str = "text"
-
-    def __call__(self, record, name, rng):
-        text = _pick(_texts(get_field(record, self.text_field, name), self.text_field), rng)
-        return Conversation((Turn("assistant", (text,)),)).check()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import signal
 import sys
@@ -23,10 +24,13 @@ from mmjax.data.pipeline import (
     record_order,
     to_batch,
 )
+from mmjax.data.samples import LARGER
 from mmjax.data.sources import Source, open_source
 from mmjax.data.spec import DataSpec, LoadingSpec, call_strictly, parse, plain
 from mmjax.data.stream import ConversationMaker
 from mmjax.data.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 STATE_VERSION = 1
 # Seconds a worker outlives SIGTERM: a cluster signals the whole group, and the trainer still saves.
@@ -83,28 +87,52 @@ class Watch:
 
     The share is taken over at least 1,000 samples, or one epoch where that is less, so that a
     single broken image at the start of a run does not end it.
+
+    Args:
+      max_share: of broken records.
+      epoch: samples of one.
+      spare: whether records that are whole but larger than a row (`too_long` of `ConversationSpec`)
+        are counted apart, and do not stop the run: training has others, but a score without them
+        would be the score of other data. If they are more than `max_share`, a warning says so.
     """
 
-    def __init__(self, max_share: float, epoch: int):
+    def __init__(self, max_share: float, epoch: int, spare: bool = False):
         self._max_share = max_share
         self._least = min(1000, epoch)
+        self._spare = spare
         self._seen = 0
         self._bad = 0
         self._errors: dict[str, str] = {}
+        self._warned = False
+        # How many records were larger than a row, where those are counted apart.
+        self.larger = 0
 
     def see(self, samples: int, skipped: Sequence[Skipped]) -> None:
         """So many good samples, and these bad ones."""
         self._seen += samples
-        self._bad += len(skipped)
         for bad in skipped:
+            if self._spare and bad.error.startswith(LARGER):
+                self.larger += 1
+                continue
+            self._bad += 1
             if len(self._errors) < 50:
                 self._errors.setdefault(bad.record, bad.error)
-        if self._bad > self._max_share * max(self._seen, self._least):
+        allowed = self._max_share * max(self._seen, self._least)
+        if self._bad > allowed:
             names = "\n".join(f"  {name}: {error}" for name, error in self._errors.items())
             raise TooManyBadRecordsError(
                 f"{self._bad} broken records among {self._seen} samples are more than the "
                 f"{self._max_share:.2%} that data.max_bad_share allows. Repair or remove them, or "
                 f"raise data.max_bad_share:\n{names}"
+            )
+        if self.larger > allowed and not self._warned:
+            self._warned = True
+            log.warning(
+                "%d records beside %d samples were left out because they are larger than a row. "
+                "To use more of them, set data conversation.too_long='cut', or raise its max_len, "
+                "images or max_targets.",
+                self.larger,
+                self._seen,
             )
 
 
@@ -143,12 +171,17 @@ class Loader(Iterator[Batch]):
         self._position = 0
         self._mark = (0, 0)
         self._iterator: grain.DatasetIterator | None = None
-        self._watch = Watch(loading.max_bad_share, self.samples_per_epoch)
+        self._watch = Watch(loading.max_bad_share, self.samples_per_epoch, spare=True)
 
     @property
     def samples_per_epoch(self) -> int:
         """Records of all sources together."""
         return sum(self._lengths)
+
+    @property
+    def larger(self) -> int:
+        """How many records were left out because they are larger than a row."""
+        return self._watch.larger
 
     @property
     def steps_per_epoch(self) -> int:

@@ -20,6 +20,10 @@ from mmjax.data.spec import DataSpec, conversation_fields
 from mmjax.data.tokenizer import Tokenizer
 from mmjax.data.visual import TEXT, Plan, visual_tokens
 
+# How errors begin that say that a record is whole but larger than a row: `mmjax.data.loader.Watch`
+# counts them apart, and all that a batch tells of an error is its text.
+LARGER = ("too long: ", "too many pictures: ")
+
 
 class Drawn(NamedTuple):
     """A record's conversation, rendered."""
@@ -31,7 +35,8 @@ class Drawn(NamedTuple):
 
 class Sample(NamedTuple):
     """A conversation, encoded: `learnt`, and `place` of the visual tokens of its own pictures.
-    `record` says where it is from: source, index and position. `images` None: to be read again.
+    `record` says where it is from: source, index and position. `images` None: to be read again;
+    the sample has the first `shown` of the record's.
     `branch`, of questions that are asked apart: 0 where they share tokens, else their number.
     `answer`: what the decoder learns, if there is one; then nothing else is learnt.
     """
@@ -42,6 +47,7 @@ class Sample(NamedTuple):
     learnt: np.ndarray
     place: np.ndarray
     pictures: int
+    shown: int
     images: tuple[Any, ...] | None
     cut: bool
     branch: np.ndarray
@@ -66,6 +72,14 @@ class Sample(NamedTuple):
             place=self.place[count:],
             branch=self.branch[count:],
         )
+
+
+class _Span(NamedTuple):
+    """The tokens of an image, markers included; `pictures` up to its own."""
+
+    begin: int
+    end: int
+    pictures: int
 
 
 class SampleMaker:
@@ -142,7 +156,9 @@ class SampleMaker:
         self._chat.learn(piece for one in drawn for piece in one.pieces)
 
     def encode(self, drawn: Drawn, record: tuple[int, int, int | None]) -> Sample:
-        """The sample of a conversation, cut if that is allowed and needed.
+        """The sample of a conversation, cut if that is allowed and needed: of questions and answers
+        the last ones are left out, a document ends where the row does (but never within an image,
+        nor with one of which nothing is said).
 
         Raises:
           BadRecordError, CorruptImageError: an image that is missing or broken, or a conversation
@@ -155,7 +171,8 @@ class SampleMaker:
                 sample = self._for_decoder(sample)
             problem = self._problem(sample)
             if problem is None:
-                return sample._replace(cut=len(conversation.turns) < len(drawn.conversation.turns))
+                fewer = len(conversation.turns) < len(drawn.conversation.turns)
+                return sample._replace(cut=sample.cut or fewer)
             if self._said.too_long == "skip" or len(conversation.turns) < 4:
                 raise BadRecordError(problem)
             conversation = conversation.shortened()
@@ -225,12 +242,26 @@ class SampleMaker:
     ) -> Sample:
         parts: list[tuple[np.ndarray, bool]] = []
         visual: list[tuple[int, np.ndarray]] = []
-        length = pictures = 0
+        spans: list[_Span] = []
+        length = pictures = targets = 0
+        may_cut = self._may_cut(conversation)
+        full = False
         for piece in pieces:
             if not isinstance(piece.part, Picture):
-                parts.append((self._chat.encode(piece), piece.learnt))
-                length += len(parts[-1][0])
+                ids = self._chat.encode(piece)
+                parts.append((ids, piece.learnt))
+                length += len(ids)
+                targets += len(ids) * piece.learnt
                 continue
+            # The first token of all is not learnt, and so no target. (No pictures is the limit of a
+            # config without a layout, of which `_plan` tells.)
+            size = (length, pictures, targets - 1)
+            full = may_cut and any(
+                one >= max(limit, 1) for one, limit in zip(size, self.limits, strict=True)
+            )
+            if full:  # images that are cut off need not even be there
+                break
+            begin = length
             plan = self._plan(conversation.images[piece.part])
             learnt = piece.learnt and self._said.layout.drawn is not None
             plan = self._said.layout.drawn if learnt else plan
@@ -243,7 +274,9 @@ class SampleMaker:
                     visual.append((length, _moved(some, before)))
                 parts.append((ids, learnt))
                 length += len(ids)
+                targets += len(ids) * learnt
             pictures += plan.pictures
+            spans.append(_Span(begin, length, pictures))
         ids, flags = zip(*parts, strict=True)
         learnt = np.repeat(flags, [len(some) for some in ids])
         learnt[0] = False  # nothing comes before it that it could be predicted from
@@ -253,16 +286,58 @@ class SampleMaker:
         # Nothing is learnt from what a template puts after the last answer.
         useful = np.flatnonzero(learnt | (place != TEXT))
         end = int(useful[-1]) + 1 if useful.size else length
-        return Sample(
+        sample = Sample(
             name=name,
             record=record,
             tokens=np.concatenate(ids)[:end],
             learnt=learnt[:end],
             place=place[:end],
             pictures=pictures,
+            shown=len(conversation.images),
             images=conversation.images,
             cut=False,
             branch=np.zeros(end, np.int32),
+        )
+        larger = any(one > limit for one, limit in zip(sample.size, self.limits, strict=True))
+        return self._cut(sample, spans) if full or (may_cut and larger) else sample
+
+    def _may_cut(self, conversation: Conversation) -> bool:
+        """Whether it is a document, an answer to nobody, that may end where its row does."""
+        spoken = sum(turn.role != "system" for turn in conversation.turns)
+        return self._said.too_long == "cut" and spoken == 1 and self._said.seq2seq is None
+
+    def _cut(self, sample: Sample, spans: Sequence[_Span]) -> Sample:
+        """The beginning of a document that fits into a row, up to the last token that is learnt.
+
+        Args:
+          spans: of its images, in their order.
+
+        Raises:
+          BadRecordError: nothing of that is learnt.
+        """
+        length, pictures, targets = self.limits
+        end = min(length, int(np.searchsorted(np.cumsum(sample.learnt), targets, side="right")))
+        for span in spans:
+            if span.end > end or span.pictures > pictures:
+                end = min(end, span.begin)
+                break
+        learnt = np.flatnonzero(sample.learnt[:end])
+        if not learnt.size:
+            raise BadRecordError(
+                "too long: of its beginning that fits into a row, nothing is learnt; "
+                f"conversation.max_len is {length}, images {pictures}"
+            )
+        end = int(learnt[-1]) + 1
+        kept = [span for span in spans if span.end <= end]
+        return sample._replace(
+            tokens=sample.tokens[:end],
+            learnt=sample.learnt[:end],
+            place=sample.place[:end],
+            pictures=kept[-1].pictures if kept else 0,
+            shown=len(kept),
+            images=sample.images[: len(kept)],
+            cut=True,
+            branch=sample.branch[:end],
         )
 
     def _plan(self, image: Any) -> Plan:
@@ -292,6 +367,7 @@ class SampleMaker:
         if images is None:
             record, name = read_record(self.sources[k], index)
             images = self.spec.forms[k](record, name, position_rng(seed, position)).images
+            images = images[: sample.shown]
         made = [self._said.layout.pictures(self._seen(image, k, rng)) for image in images]
         if sum(map(len, made)) != sample.pictures:
             raise BadRecordError("an image has another size than its header says")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmjax.config import split_name
+from mmjax.data import documents  # noqa: F401  (it registers its forms)
 from mmjax.data.augment import AUGMENTATIONS, Augmentation
 from mmjax.data.forms import FORMS, Form
 from mmjax.data.image import PRESETS
@@ -147,8 +148,10 @@ class ConversationSpec:
       max_targets: supervised tokens of a row; a conversation with more is skipped.
       lengths: without packing, the lengths that rows may have, the last one `max_len`: training
         batches are of conversations of similar length.
-      too_long: a conversation longer than `max_len` is "skip"ped and counted, or "cut" where one
-        of its later turns begins.
+      too_long: what is larger than a row (`max_len`, `images`, `max_targets`) is "skip"ped and
+        counted, or "cut": a conversation where one of its later questions begins, a document, which
+        answers nobody, where the row ends, but never within an image. What cannot be cut so is
+        skipped. In training what is skipped for its size is no broken record of `max_bad_share`.
       prefix: whether batches say what is prompt, for attention "prefix" of `VLMConfig`.
       parents: whether batches say which segment another continues, for questions that are asked
         apart (see the form "questions").
@@ -353,7 +356,8 @@ def conversation_fields(spec: ConversationSpec, batch_size: int, length: int) ->
 @dataclass(frozen=True)
 class LoadingSpec:
     """How batches are made: `workers` processes (0: threads of this process), `threads` in each,
-    `prefetch` batches ahead, and the share of broken images above which the run stops."""
+    `prefetch` batches ahead, and the share of broken records above which the run stops (in
+    evaluation, those that are larger than a row are such)."""
 
     workers: int = 0
     threads: int = 2

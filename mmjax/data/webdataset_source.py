@@ -10,6 +10,7 @@ import contextlib
 import glob
 import hashlib
 import itertools
+import json
 import os
 import re
 import tarfile
@@ -215,12 +216,16 @@ class _Files:
 
 @SOURCES.register("webdataset")
 class Webdataset:
-    """Samples of webdataset tars: fields image (bytes), text (str), label (int), as far as named.
+    """Samples of webdataset tars: fields image (bytes), text (str), label (int), as far as named,
+    and those of a JSON object, under their own names.
 
     Args:
       shards: a brace pattern ("train-{0000..0127}.tar"), a glob ("train-*.tar"), or a list of them.
       image, text, label: the members that hold them, by suffix; alternatives by ";" ("jpg;png").
         None: no such field.
+      json: the member with an object whose fields the record has (those of other members come
+        first where names are the same). Where it is all that samples have, as in the files of
+        OpenFlamingo's MMC4: `image=None, json="json"`.
     """
 
     def __init__(
@@ -229,6 +234,7 @@ class Webdataset:
         image: str | None = "jpg;jpeg;png;webp",
         text: str | None = None,
         label: str | None = None,
+        json: str | None = None,
     ):
         paths = find_shards(shards)
         with ThreadPoolExecutor(min(8, len(paths))) as pool:
@@ -244,22 +250,23 @@ class Webdataset:
         self._files = _Files()
         if self._ends[-1] == 0:
             raise DataNotFoundError(f"The {len(paths)} shards of {shards!r} hold no sample.")
-        members = {"image": image, "text": text, "label": label}
+        members = {"json": json, "image": image, "text": text, "label": label}
         self._places = {
-            field: self._places_of(alternatives.split(";"), indices)
+            field: self._places_of(field, alternatives.split(";"), indices)
             for field, alternatives in members.items()
             if alternatives is not None
         }
 
     def _places_of(
-        self, suffixes: list[str], indices: list[ShardIndex]
+        self, field: str, suffixes: list[str], indices: list[ShardIndex]
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """Per shard the offsets and sizes [n] of the first of the alternatives each sample has."""
         known = {suffix for index in indices for suffix in index.suffixes}
         if not known & set(suffixes):
             raise UnknownNameError(
                 f"No sample of {self._paths[0]}{' ...' if len(indices) > 1 else ''} has a member "
-                f".{' or .'.join(suffixes)}; {nearest(suffixes[0], known)}"
+                f".{' or .'.join(suffixes)} (set {field}=None to read none); "
+                f"{nearest(suffixes[0], known)}"
             )
         places = []
         for index in indices:
@@ -289,7 +296,10 @@ class Webdataset:
             if offsets[row] < 0:
                 raise BadRecordError(f"the sample has no member for the field {field!r}")
             data = self._files.read(self._paths[shard], int(offsets[row]), int(sizes[row]))
-            record[field] = _DECODERS[field](data)
+            if field == "json":
+                record |= _object(data)
+            else:
+                record[field] = _DECODERS[field](data)
         return record
 
     def id(self, index: int) -> str:
@@ -309,6 +319,16 @@ def _label(data: bytes) -> int:
         return int(data)
     except ValueError as error:
         raise BadRecordError(f"its label is not a whole number: {data[:20]!r}") from error
+
+
+def _object(data: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise BadRecordError(f"its JSON member cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise BadRecordError(f"its JSON member is a {type(value).__name__}, not an object")
+    return value
 
 
 _DECODERS = {"image": bytes, "text": _text, "label": _label}

@@ -236,7 +236,7 @@ def test_chunks_of_a_document_end_before_the_next_image():
 
     end = ("<|endofchunk|>", True)
     assert parts("openflamingo") == [
-        ("begin", False), ("a", True), end,
+        ("begin", False), ("a", False),
         (Picture(0), True), ("b", True), end,
         (Picture(1), True), (Picture(2), True), ("c d", True), end,
     ]  # fmt: skip
@@ -246,8 +246,12 @@ def test_chunks_of_a_document_end_before_the_next_image():
         ("a", True), end,
     ]  # fmt: skip
     assert parts("interleaved")[1:5] == [
-        ("a", True), ("eos", True), (Picture(0), True), ("b", True),
+        ("a", False), (Picture(0), True), ("b", True), ("eos", True),
     ]  # fmt: skip
+    # What stands before the first image is of no chunk; a template without chunks learns it.
+    assert parts("stream")[1:4] == [("a", True), (Picture(0), True), ("b", True)]
+    words = Conversation((Turn("assistant", ("a b",)),))
+    assert parts("openflamingo", words) == [("begin", False), ("a b", True), end]
 
 
 def test_the_end_of_an_image_alone_is_not_learnt():

@@ -1,6 +1,7 @@
 """Forms: what conversations records become, and what is wrong with them."""
 
 import base64
+import codecs
 import json
 import pickle
 
@@ -301,8 +302,12 @@ def test_json_lists_and_lines(tmp_path):
         "ascii.json": json.dumps(records),
         "lines.jsonl": "\n".join(json.dumps(r, ensure_ascii=False) for r in records) + "\n\n",
     }
-    for name, text in files.items():
-        (tmp_path / name).write_text(text, encoding="utf-8")
+    encoded = {name: text.encode() for name, text in files.items()}
+    # A byte order mark, and the line ends of Windows, as some programs write them.
+    encoded |= {f"marked-{name}": codecs.BOM_UTF8 + file for name, file in encoded.items()}
+    encoded |= {f"wide-{n}": file.replace(b"\n", b"\r\n") for n, file in encoded.items()}
+    for name, file in encoded.items():
+        (tmp_path / name).write_bytes(file)
         opened, _ = open_source(dict(name="json", path=str(tmp_path / name), root=str(tmp_path)))
         assert len(opened) == 3 and opened.id(1) == f"{tmp_path / name}[1]"
         for source in (opened, pickle.loads(pickle.dumps(opened))):

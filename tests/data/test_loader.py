@@ -169,7 +169,7 @@ def test_too_many_broken_images_stop_the_run(damaged):
     all_broken = write_folder(damaged.parent / "broken", classes=1, each=40)
     for file in all_broken.rglob("*.jpg"):
         file.write_bytes(b"broken")
-    with pytest.raises(TooManyBadRecordsError, match="Check the paths"):
+    with pytest.raises(TooManyBadRecordsError, match="Check the files, paths"):
         next(opened(data(stream(dict(name="folder", root=str(all_broken)))), batch=20))
 
 

@@ -1,6 +1,7 @@
 """Sources against the packages that own the formats, and what bad input says."""
 
 import io
+import json
 import multiprocessing
 import os
 import pickle
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 from samples import encode, picture, write_tars
 
+from mmjax.data.records import BadRecordError
 from mmjax.data.sources import DataNotFoundError, get_field, open_source
 from mmjax.data.webdataset_source import build_index, expand_braces, open_index
 from mmjax.registry import UnknownNameError
@@ -138,6 +140,34 @@ def test_long_names_and_missing_members(tmp_path):
     assert [k.decode() for k in index.keys] == [sample["__key__"] for sample in reference]
     assert index.suffixes == ("jpg", "seg.png", "txt")
     assert index.sizes.tolist() == [[4, 4, -1], [4, -1, 4]]
+
+
+def write_members(path, members):
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def test_json_members_are_fields(tmp_path):
+    objects = [{"text_list": ["ä", "b"], "n": {"m": 1}}, ["no object"], {"image": "a.jpg", "n": 2}]
+    members = {f"{i}.json": json.dumps(one).encode() for i, one in enumerate(objects)}
+    members |= {"3.json": b'{"n": ', "0.jpg": b"pixels", "2.jpg": b"others"}
+    shards = write_members(tmp_path / "x.tar", members)
+    alone = opened("webdataset", shards=shards, image=None, json="json")
+    assert len(alone) == 4 and alone[0] == objects[0] and alone[2] == objects[2]
+    for index, error in ((1, "a list, not an object"), (3, "cannot be read")):
+        with pytest.raises(BadRecordError, match=error):
+            alone[index]
+    # A member of its own comes before a field of the same name.
+    beside = opened("webdataset", shards=shards, json="json")
+    assert beside[0] == objects[0] | {"image": b"pixels"}
+    assert beside[2] == {"image": b"others", "n": 2}
+    only = write_members(tmp_path / "only.tar", {"0.json": b"{}"})
+    with pytest.raises(UnknownNameError, match="set image=None"):
+        opened("webdataset", shards=only, json="json")
 
 
 # --- TFDS

@@ -479,8 +479,12 @@ def test_cut_at_a_turn_or_not_at_all(root, tokenizer, tmp_path):
     kept = said.count("user:")
     assert 1 <= kept < 6 and said.count("a red dog a red dog a red dog a red dog") == kept
     assert (row["tokens"] == tokenizer.eos_id).sum() == kept
-    batch = next(opened(config, tokenizer, batch=1))
-    assert batch.truncated == 1
+    for pack in (False, True):
+        config["conversation"]["pack"] = pack
+        batch = next(opened(config, tokenizer, batch=1))
+        assert batch.truncated == 1 and not batch.skipped
+        for key in ("tokens", "images"):
+            np.testing.assert_array_equal(batch.arrays[key][0], row[key])
     for less in (dict(max_len=30), dict(max_targets=5), dict(too_long="skip")):
         with pytest.raises(TooManyBadRecordsError, match="too long"):
             alone(stream([source(tmp_path, "long")], **(dict(max_len=100) | less)), tokenizer)
