@@ -170,7 +170,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     if crosses:
         model |= dict(
-            name="flamingo", gated=dict(heads=4, head_dim=32, mlp_width=256), every=4, after=0
+            name="flamingo",
+            gated=dict(heads=4, head_dim=32, mlp_width=256),
+            every=lm["depth"],  # one block: two would be larger than other connectors
+            after=0,
         )
     # What is asked of a scene has twelve tokens a question, at most seventeen; of these, seven are
     # learnt at most.

@@ -154,13 +154,16 @@ class Comparison:
 
     @functools.cached_property
     def errors(self) -> Errors:
-        """Of the means of arms, over seeds and images; of arms that have all seeds."""
+        """Of the means of arms, over seeds and images: one for all that have all seeds."""
+        return self._errors(self.whole)
+
+    def _errors(self, arms: Sequence[str]) -> Errors:
         weights = self.asked
         if weights is None:
-            table = np.stack([self.scores(arm).sort_index() for arm in self.whole])
+            table = np.stack([self.scores(arm).sort_index() for arm in arms])
             return mean_errors(table[..., None], np.zeros(1, int), np.ones(1))
         scores = self.results.answers.scores
-        table = np.stack([scores[arm].sort_index() for arm in self.whole])
+        table = np.stack([scores[arm].sort_index() for arm in arms])
         return mean_errors(table, self.clusters, weights)
 
     def _squares(self, weights: Mapping[str, float]) -> float:
@@ -246,7 +249,8 @@ class Comparison:
         return pd.DataFrame(rows)
 
     def contrasts(self) -> list[Contrast]:
-        """Those that the study names, as far as their arms have finished."""
+        """Those that the study names, as far as their arms have finished; each with the error of
+        its own arms, since some arms vary more than others."""
         found = []
         for name, contrast in self.study.contrasts.items():
             one, other = sides_of(contrast)
@@ -254,8 +258,10 @@ class Comparison:
                 weights = self._contrast(one, other)
                 value = float(sum(w * self.mean[arm] for arm, w in weights.items()))
                 squares = self._squares(weights)
-                interval = self.errors.interval(value, squares)
-                found.append(Contrast(name, interval, self.errors.p(value, squares)))
+                own = [arm for arm in self.whole if arm in weights]
+                errors = self._errors(own) if len(own) == len(weights) else self.errors
+                interval = errors.interval(value, squares)
+                found.append(Contrast(name, interval, errors.p(value, squares)))
         together = holm([contrast.p for contrast in found])
         return [contrast._replace(p=p) for contrast, p in zip(found, together, strict=True)]
 

@@ -102,7 +102,7 @@ def _arms(found: Comparison) -> Table:
             f"arms): they are told apart at the level of 5% from {found.errors.distance:.3g} on. "
         )
     if not math.isnan(ranks.distance):
-        of = "seeds and groups of questions" if found.groups else "seeds"
+        of = "pairs of a seed and a group of questions" if found.groups else "seeds"
         note += (
             f"Ranks are means over {ranks.blocks} {of}; those up to {ranks.distance:.2f} apart do "
             f"not differ at the level of 5%, and that all arms are alike has p = {ranks.p:.2g} "
@@ -148,7 +148,8 @@ def _contrasts(found: Comparison) -> Table:
     ]
     note = (
         "Asked for before anything had run: the mean of some arms less that of others, with 95% "
-        "intervals of each by itself, over seeds and images; p of all of them together (Holm)."
+        "intervals of each by itself, over seeds and images, by the error of its own arms; p of "
+        "all of them together (Holm)."
     )
     return Table("Contrasts", ("asked", "difference", "p"), rows, note)
 
@@ -293,10 +294,11 @@ def _effects(found: Comparison) -> Table:
 
 
 def _interval(difference: Interval) -> str:
-    text = f"{difference.mean:+.3g}"
-    if math.isnan(difference.low):
-        return text
-    return f"{text} [{difference.low:+.3g}, {difference.high:+.3g}]"
+    # Without what rounding leaves of sums that are 0.
+    mean, low, high = (round(value, 9) + 0.0 for value in difference)
+    if math.isnan(low):
+        return f"{mean:+.3g}"
+    return f"{mean:+.3g} [{low:+.3g}, {high:+.3g}]"
 
 
 def _p(value: float) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from mmjax.study import Answers, Results, Study, StudyError, plan, write_report
 from mmjax.study.comparison import Comparison
-from mmjax.study.statistics import steps_to
+from mmjax.study.statistics import mean_errors, steps_to
 from mmjax.study.tables import make_tables
 
 STUDY = Study(
@@ -125,8 +125,11 @@ def test_contrasts():
     first, second = found.contrasts()
     mean = found.mean
     assert first.interval.mean == pytest.approx(mean[NAMES[2:]].mean() - mean[NAMES[:2]].mean())
-    assert second.interval == pytest.approx(found.difference(NAMES[1], NAMES[0]))
-    alone = found.errors.p(first.interval.mean, 1.0), found.errors.p(second.interval.mean)
+    # With the error of its own arms.
+    table = np.stack([found.results.answers.scores[arm] for arm in NAMES[:2]])
+    own = mean_errors(table, found.clusters, found.asked)
+    assert second.interval == pytest.approx(own.interval(mean[NAMES[1]] - mean[NAMES[0]]))
+    alone = found.errors.p(first.interval.mean, 1.0), own.p(second.interval.mean)
     assert sorted([first.p, second.p])[0] == pytest.approx(min(1, 2 * min(alone)))
     assert make_tables(found)[1].title == "Contrasts"
     assert plan_fails(dataclasses.replace(study, contrasts={"a": ("connector=mlp", NAMES[0])}))
