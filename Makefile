@@ -11,14 +11,14 @@ demo: $(VENV)/.demo
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
 		$(RUN) -m experiments.train --config configs/siglip/openmoji.py --workdir runs/demo
 
-# Trains a vision-language model in stages on this machine; scores and answers go to runs/scenes.
+# Trains a vision-language model in stages on this machine; scores and answers go to runs/tune.
 scenes: $(VENV)/.language_model
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
 		$(RUN) -m experiments.train --config configs/siglip/tiles.py --workdir runs/tiles
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
 		$(RUN) -m experiments.train --config configs/llava/scenes.py:stage=align --workdir runs/align
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
-		$(RUN) -m experiments.train --config configs/llava/scenes.py:stage=tune --workdir runs/scenes
+		$(RUN) -m experiments.train --config configs/llava/scenes.py:stage=tune --workdir runs/tune
 
 test: $(VENV)/.language_model $(VENV)/.test $(VENV)/.open_flamingo
 	$(RUN) -m ruff check .

@@ -17,10 +17,22 @@ from mmjax.registry import nearest
 
 
 def parser(description: str, *, workdir: bool = True) -> argparse.ArgumentParser:
-    """Arguments of every command that takes a config."""
+    """Arguments of every command that takes a config.
+
+    Args:
+      description: the command's module docstring.
+      workdir: whether it needs --workdir.
+    """
     result = argparse.ArgumentParser(
         description=description,
-        epilog="Any key of the config can be set by --config.KEY=VALUE.",
+        epilog=(
+            "Any key of the config can be set by --config.KEY=VALUE, such as\n"
+            "  --config.seed=1\n"
+            "  --config.data.train.sources.0.path=FILE     an entry of a tuple\n"
+            "  --config.optimizer.options=\"{'b2': 0.95}\"  a whole group\n"
+            "With --config FILE --help, FILE says what its ARGUMENTS are."
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     result.add_argument(
@@ -59,6 +71,7 @@ def parse(
     Raises:
       ConfigError: on anything that cannot be used.
     """
+    _describe_config(result, argv)
     args, rest = result.parse_known_args(argv)
     overrides = []
     for item in rest:
@@ -70,12 +83,36 @@ def parse(
                 f"Unknown argument {item!r}; {nearest(item.split('=')[0], known)} "
                 "Keys of the config are set by --config.KEY=VALUE."
             )
+    joins = args.distributed or args.coordinator
+    if not joins and (args.processes, args.process) != (None, None):
+        raise configs.ConfigError(
+            "--processes and --process are of use only with --coordinator HOST:PORT (or with "
+            "--distributed): without, this process would train alone."
+        )
     config = configs.load(args.config, overrides)
-    if args.distributed or args.coordinator:
+    if joins:
         import jax
 
         jax.distributed.initialize(args.coordinator, args.processes, args.process)
     return args, config
+
+
+def _describe_config(result: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
+    """Adds to the help, if that is asked for, what the config file says of itself."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config")
+    early.add_argument("-h", "--help", action="store_true")
+    asked, _ = early.parse_known_args(argv)
+    if asked.help and asked.config:
+        file = asked.config.partition(":")[0]
+        result.epilog += f"\n\n{file}:\n\n{configs.describe(asked.config)}"
+
+
+class _NoMetadataWarning(logging.Filter):
+    """Drops Orbax's warning that part of a checkpoint has no metadata of a whole one."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith("Metadata file does not exist")
 
 
 def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
@@ -87,6 +124,7 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     for name in ("absl", "faiss.loader", "jax"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("absl").addFilter(_NoMetadataWarning())
     try:
         code = main(None) or 0
     except KeyboardInterrupt:

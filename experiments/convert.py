@@ -36,8 +36,9 @@ from mmjax.convert import (
 )
 from mmjax.data.openflamingo import write_processor
 from mmjax.data.sources import existing
+from mmjax.registry import plugins
 from mmjax.train.handover import is_run
-from mmjax.train.runs import COMPANIONS, MODEL, read_run
+from mmjax.train.runs import COMPANIONS, MODEL, PLUGINS, read_run
 
 
 def main(argv: Sequence[str] | None) -> int:
@@ -137,6 +138,7 @@ def write_orbax(model, directory: Path, dtype: str | None, companions: Path | No
     content = {
         "model": {"name": names[0], **dataclasses.asdict(model.config)},
         "origin": origin and dataclasses.asdict(origin),
+        PLUGINS: plugins(),
     }
     with whole_directory(directory) as scratch:
         with ocp.PyTreeCheckpointer() as checkpointer:

@@ -9,19 +9,29 @@ import ast
 import dataclasses
 import difflib
 import importlib.util
+import inspect
 import json
+import numbers
+import re
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from mmjax.registry import nearest
 
 T = TypeVar("T")
+
+# Below these, keys that a config leaves at their defaults can be set as well: what stands there is
+# checked, and unknown keys are refused, where it is used.
+_OPEN = re.compile(
+    r"(task|model|data\.train|data\.tokenizer|evals\.[^.]+|optimizer\.(options|schedule))\..+"
+)
 
 
 class ConfigError(ValueError):
@@ -38,8 +48,11 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
       **defaults: every key that the config understands.
 
     Raises:
-      ConfigError: on an unknown key (with the nearest) or a value of another type.
+      ConfigError: on an unknown key (with the nearest) or a value of another type; for the text
+        "help", with all keys and their defaults.
     """
+    if arg == "help":
+        raise ConfigError(", ".join(f"{key}={value}" for key, value in defaults.items()))
     result = dict(defaults)
     for item in filter(None, (arg or "").split(",")):
         key, equals, text = item.partition("=")
@@ -76,6 +89,28 @@ def call(spec: str, function: str) -> Any:
       ConfigError: if there is no such file or function.
     """
     path, _, arg = spec.partition(":")
+    return _function(_run(path), function)(arg or None)
+
+
+def describe(spec: str) -> str:
+    """What a config file says of itself, and its arguments with their defaults.
+
+    Raises:
+      ConfigError: if there is no such file.
+    """
+    path = spec.partition(":")[0]
+    module = _run(path)
+    get_config = _function(module, "get_config")
+    paragraphs = [inspect.cleandoc(doc) for doc in (module.__doc__, get_config.__doc__) if doc]
+    try:
+        get_config("help")
+        paragraphs.append("It has no arguments.")
+    except ConfigError as arguments:
+        paragraphs.append(f"Its arguments, as in --config {path}:KEY=VALUE,...:\n{arguments}")
+    return "\n\n".join(paragraphs)
+
+
+def _run(path: str) -> types.ModuleType:
     if not Path(path).is_file():
         folder = Path(path).parent
         others = [str(p) for p in folder.rglob("*.py")] if folder.is_dir() else []
@@ -89,49 +124,129 @@ def call(spec: str, function: str) -> Any:
     if root not in sys.path:
         sys.path.append(root)
     module_spec.loader.exec_module(module)
+    return module
+
+
+def _function(module: types.ModuleType, function: str) -> Callable[[str | None], Any]:
     if not hasattr(module, function):
-        raise ConfigError(f"{path!r} defines no function {function}(arg).")
-    return getattr(module, function)(arg or None)
+        raise ConfigError(f"{module.__spec__.origin!r} defines no function {function}(arg).")
+    return getattr(module, function)
 
 
 def _override(config: ConfigDict, item: str) -> None:
     dotted, equals, text = item.partition("=")
     if not equals:
         raise ConfigError(f"Override --config.{item} needs a value: --config.{item}=VALUE.")
-    node = config
-    *parents, last = dotted.split(".")
-    for depth, key in enumerate([*parents, last]):
-        if not isinstance(node, ConfigDict) or key not in node:
-            options = list(flatten(config))
-            if isinstance(node, ConfigDict):
-                # The level where the name went wrong is the likely one.
-                prefix = ".".join([*parents, last][:depth])
-                close = difflib.get_close_matches(key, list(node.keys()), n=1, cutoff=0.5)
-                if close:
-                    tail = [*parents, last][depth + 1 :]
-                    whole = ".".join(filter(None, [prefix, close[0], *tail]))
-                    raise ConfigError(f"The config has no key {dotted!r}; did you mean {whole!r}?")
-            raise ConfigError(f"The config has no key {dotted!r}; {nearest(dotted, options)}")
-        if depth < len(parents):
-            node = node[key]
-    if isinstance(node[last], ConfigDict):
-        inner = ", ".join(f"{dotted}.{key}" for key in node[last])
-        raise ConfigError(f"{dotted!r} is a group; override one of its keys: {inner}.")
-    value = _convert(text, node[last], f"--config.{dotted}")
-    with node.ignore_type():
-        node[last] = value
+    _set(config, config, dotted.split("."), 0, text)
+
+
+def _set(config: ConfigDict, node: Any, keys: Sequence[str], depth: int, text: str) -> Any:
+    """`node`, which stands at keys[:depth], with the value that `text` gives to what is at `keys`.
+
+    Groups are changed in place, tuples and lists are made anew.
+    """
+    key, dotted, last = keys[depth], ".".join(keys), depth + 1 == len(keys)
+
+    def changed(present: Any) -> Any:
+        return (
+            _convert(text, present, dotted)
+            if last
+            else _set(config, present, keys, depth + 1, text)
+        )
+
+    if isinstance(node, ConfigDict | Mapping):
+        if key in node:
+            new = changed(node[key])
+        elif last and _OPEN.fullmatch(dotted):
+            new = changed(None)
+        else:
+            raise ConfigError(
+                f"The config has no key {dotted!r}; {_nearest_keys(config, keys, depth)}"
+            )
+        if not isinstance(node, ConfigDict):  # within a tuple or list
+            return {**node, key: new}
+        with node.ignore_type(), node.unlocked():
+            node[key] = new
+        if isinstance(node[key], ConfigDict):
+            node[key].lock()
+        return node
+    if isinstance(node, tuple | list):
+        where = ".".join(keys[:depth])
+        if not key.isdecimal() or int(key) >= len(node):
+            raise ConfigError(
+                f"The config has no key {dotted!r}: {where!r} has {len(node)} entries, which are "
+                f"numbered from 0, as in {where}.0."
+            )
+        entries = list(node)
+        entries[int(key)] = changed(entries[int(key)])
+        return type(node)(entries)
+    raise ConfigError(f"The config has no key {dotted!r}; {_nearest_keys(config, keys, depth)}")
+
+
+def _nearest_keys(config: ConfigDict, keys: Sequence[str], depth: int) -> str:
+    """A phrase for error messages: the keys that keys[depth] may have been meant to be part of."""
+    node: Any = config
+    for key in keys[:depth]:
+        node = node[int(key)] if isinstance(node, tuple | list) else node[key]
+    if isinstance(node, ConfigDict | Mapping):
+        # The level where the name went wrong is the likely one.
+        close = difflib.get_close_matches(keys[depth], list(node), n=1, cutoff=0.5)
+        if close:
+            return f"did you mean {'.'.join([*keys[:depth], close[0], *keys[depth + 1 :]])!r}?"
+    close = difflib.get_close_matches(".".join(keys), list(flatten(config)), n=3, cutoff=0.5)
+    if close:
+        return f"did you mean {' or '.join(map(repr, close))}?"
+    group = ".".join(keys[:depth])
+    if not isinstance(node, ConfigDict | Mapping):
+        return f"{group!r} is no group, its value is {node!r}."
+    if not len(node):
+        return f"{group!r} is empty: give the whole group, as in --config.{group}={{'KEY': VALUE}}."
+    return f"the keys of {repr(group) if group else 'a config'} are {', '.join(node)}."
+
+
+def _literal(text: str) -> Any:
+    """What a Python literal says, in which groups may be written dict(key=value) too.
+
+    Raises:
+      ValueError, SyntaxError: if it is none.
+    """
+    return ast.literal_eval(_DictCalls().visit(ast.parse(text.strip(), mode="eval")))
+
+
+class _DictCalls(ast.NodeTransformer):
+    """dict(key=value) -> {"key": value}, as config files write their groups."""
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        named = all(keyword.arg for keyword in node.keywords)
+        if (
+            not (isinstance(node.func, ast.Name) and node.func.id == "dict")
+            or node.args
+            or not named
+        ):
+            return node
+        keys = [ast.Constant(keyword.arg) for keyword in node.keywords]
+        return ast.Dict(keys, [keyword.value for keyword in node.keywords])
 
 
 def _convert(text: str, current: Any, what: str) -> Any:
-    """Text to the type of the present value. A value of None takes any literal."""
+    """Text to the type of the present value. A value of None takes any literal, or the text."""
     if isinstance(current, str):
         return text
     try:
-        value = ast.literal_eval(text)
+        value = _literal(text)
     except (ValueError, SyntaxError):
         if current is None:
             return text
         value = {"true": True, "false": False}.get(text.lower(), text)
+    if isinstance(current, ConfigDict | Mapping):
+        if isinstance(value, dict):
+            return ConfigDict(value)
+        one_of = f"override one of its keys: {', '.join(f'{what}.{k}' for k in current)}, or "
+        raise ConfigError(
+            f"{what!r} is a group; {one_of if len(current) else ''}give the whole group, as in "
+            f"--config.{what}={{'KEY': VALUE}}."
+        )
     if value is None or current is None:
         return value
     if isinstance(current, float) and type(value) is int:
@@ -202,13 +317,15 @@ def dataclass_from(cls: type[T], config: Mapping[str, Any], where: str) -> T:
       where: where the mapping stands in the config, for error messages.
 
     Raises:
-      ConfigError: naming every unknown field (with the nearest) and every missing one, or a variant
-        that does not exist.
+      ConfigError: naming every unknown field (with the nearest), every missing one and every value
+        that is not of the annotated type, or a variant that does not exist.
     """
     return _dataclass_from((cls,), config, where)
 
 
 def _dataclass_from(options: tuple[type, ...], config: Mapping[str, Any], where: str) -> Any:
+    if not isinstance(config, Mapping | ConfigDict):
+        raise ConfigError(f"{where} must be a group of keys, not {config!r}.")
     cls, config = _variant(options, config, where)
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
@@ -222,6 +339,7 @@ def _dataclass_from(options: tuple[type, ...], config: Mapping[str, Any], where:
         and field.default is dataclasses.MISSING
         and field.default_factory is dataclasses.MISSING
     ]
+    problems += type_problems({key: hints[key] for key in fields}, config, where)
     if problems:
         raise ConfigError(f"{where} does not describe a {cls.__name__}:\n" + "\n".join(problems))
     values = {}
@@ -242,6 +360,77 @@ def _dataclasses_in(hint: Any) -> tuple[type, ...]:
     """The dataclasses of an annotation `Config`, `Config | None` or `Config | OtherConfig`."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return tuple(option for option in options if dataclasses.is_dataclass(option))
+
+
+def type_problems(hints: Mapping[str, Any], values: Mapping[str, Any], where: str) -> list[str]:
+    """A line for each value that is not of its annotated type.
+
+    Numbers, strings, booleans, None, groups, and tuples of them are told apart; a list passes for a
+    tuple (JSON has no tuples), a whole number for a float. Any other annotation takes everything.
+
+    Args:
+      hints: {key: annotation}, as `typing.get_type_hints` has them.
+      values: some of these keys, and perhaps others, which are left alone.
+      where: where the values stand in the config.
+    """
+    return [
+        f"  {where}.{key} must be {_expected(hints[key])}, not {values[key]!r}"
+        for key in values
+        if key in hints and not _fits(values[key], hints[key])
+    ]
+
+
+_WORDS = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    type(None): "None",
+    Any: "any value",
+}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, args = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(value, option) for option in args)
+    if origin is typing.Literal:
+        return value in args
+    if origin is type(None):
+        return value is None
+    if origin is bool:
+        return isinstance(value, bool | np.bool_)
+    if origin in (int, float):
+        kind = numbers.Integral if origin is int else numbers.Real
+        return isinstance(value, kind) and not isinstance(value, bool)
+    if origin is str:
+        return isinstance(value, str)
+    if origin in (tuple, list, Sequence):
+        if not isinstance(value, tuple | list):
+            return False
+        if origin is tuple and args and args[-1] is not ...:
+            return len(value) == len(args) and all(map(_fits, value, args))
+        return all(_fits(entry, args[0]) for entry in value) if args else True
+    if origin in (dict, Mapping):
+        return isinstance(value, Mapping | ConfigDict)
+    if dataclasses.is_dataclass(origin):
+        return isinstance(value, Mapping | ConfigDict | origin)
+    return True
+
+
+def _expected(hint: Any) -> str:
+    origin, args = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(dict.fromkeys(map(_expected, args)))
+    if origin is typing.Literal:
+        return " or ".join(map(repr, args))
+    if origin in (tuple, list, Sequence):
+        if origin is tuple and args and args[-1] is not ...:
+            return f"({', '.join(map(_expected, args))})"
+        return f"a tuple, each entry {_expected(args[0])}" if args else "a tuple"
+    if origin in (dict, Mapping) or dataclasses.is_dataclass(origin):
+        return "a group of keys"
+    return _WORDS.get(origin, str(hint))
 
 
 def _has_constant_name(cls: type) -> bool:

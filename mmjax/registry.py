@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+_PACKAGE = __name__.partition(".")[0]
+# Modules outside of this package that registered something, in the order they did.
+_plugins: dict[str, None] = {}
 
 
 class UnknownNameError(ValueError):
@@ -28,6 +33,12 @@ def check_choice(field: str, value: str, options: Iterable[str]) -> None:
         raise UnknownNameError(f"{field}={value!r} does not exist; {nearest(value, options)}")
 
 
+def plugins() -> list[str]:
+    """Names of the modules outside of mmjax that have registered anything: what reads a run imports
+    them again."""
+    return list(_plugins)
+
+
 class Registry(Generic[T]):
     """A mapping from a name to an object, filled by a decorator.
 
@@ -40,10 +51,14 @@ class Registry(Generic[T]):
         self._entries: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
+        module = sys._getframe(1).f_globals["__name__"]  # who registers; not all entries say
+
         def add(entry: T) -> T:
             if name in self._entries:
                 raise ValueError(f"The {self.kind} {name!r} is registered twice.")
             self._entries[name] = entry
+            if module.partition(".")[0] != _PACKAGE:
+                _plugins[module] = None
             return entry
 
         return add

@@ -7,6 +7,8 @@ and the layout that transformers has, so that the Llama family reads them.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -149,23 +151,13 @@ def open_reader(path: Path) -> tuple[Mapping[str, Any], list[Any]]:
       ConversionError: if it is no GGUF file, is damaged, or has tensors of types not read here.
       ImportError: if the `gguf` package is not installed.
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise ImportError(
-            "Reading GGUF files needs the gguf package: pip install mmjax[gguf]"
-        ) from error
     with open(path, "rb") as stream:
         if stream.read(4) != b"GGUF":
             raise ConversionError(
                 f"{path} is not a GGUF file. A checkpoint is given by its directory."
             )
-    try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError, TypeError, OSError) as error:
-        raise ConversionError(
-            f"{path} is a damaged or truncated GGUF file ({error}): copy it again."
-        ) from error
+        stat = os.fstat(stream.fileno())
+    reader = _read(path, stat.st_size, stat.st_mtime_ns)
     strange = {tensor.tensor_type.name for tensor in reader.tensors} - set(_TYPES)
     if strange:
         raise ConversionError(
@@ -173,6 +165,25 @@ def open_reader(path: Path) -> tuple[Mapping[str, Any], list[Any]]:
             f"{nearest(min(strange), _TYPES)}"
         )
     return reader.fields, reader.tensors
+
+
+# A vocabulary takes seconds to read, and config, tokenizer and weights each open the file.
+@functools.lru_cache(maxsize=1)
+def _read(path: Path, size: int, modified: int) -> Any:
+    """
+    Args:
+      size, modified: of the file; another one is read anew.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise ImportError("Reading GGUF files needs the gguf package: pip install gguf") from error
+    try:
+        return gguf.GGUFReader(path)
+    except (ValueError, IndexError, KeyError, TypeError, OSError) as error:
+        raise ConversionError(
+            f"{path} is a damaged or truncated GGUF file ({error}): copy it again."
+        ) from error
 
 
 def _unpermuted(array: np.ndarray, heads: int) -> np.ndarray:

@@ -23,6 +23,7 @@ from mmjax.convert.family import Family, Origin, Source, find, read_json, transf
 from mmjax.convert.kinds import Transform
 from mmjax.convert.table import ConversionError, Entry, check, lay_out, rename
 from mmjax.models import MODELS
+from mmjax.models.checks import check_dtype
 from mmjax.params import Params, abstract, merge
 from mmjax.paths import located
 from mmjax.registry import nearest
@@ -65,6 +66,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         architecture, family = find(content, str(path))
     else:
         content = read_json(path / CONFIG)
+        if "model_type" not in content and "model" in content:
+            raise ConversionError(
+                f"{path} is the work directory of a run: mmjax.read_run reads its model, and "
+                "experiments.convert writes it in the format of Hugging Face."
+            )
         architecture, family = find(content, str(path))
         if family.generation and (path / GENERATION).is_file():
             settings = read_json(path / GENERATION)
@@ -79,6 +85,20 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise ConversionError(f"{path}: {error}") from error
     origin = Origin(architecture, json.dumps(content, sort_keys=True), str(path))
     return Checkpoint(origin, family, config, tensors, file_names)
+
+
+def float_dtype(dtype: Any) -> np.dtype:
+    """What `dtype`, or a name such as "bfloat16", stands for.
+
+    Raises:
+      UnknownNameError: (a ValueError) if parameters cannot be of it.
+    """
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    check_dtype(name)
+    return jnp.dtype(name)
 
 
 def from_pretrained(
@@ -109,9 +129,10 @@ def from_pretrained(
       ConversionError: if the directory is no checkpoint, is damaged, of an unknown type, or does
         not fit its config; all problems are listed, and nothing is loaded.
       MeshError, RuleError: if the rules do not fit.
+      UnknownNameError: on a dtype that is not float32, bfloat16 or float16.
     """
     checkpoint = open_checkpoint(directory)
-    dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
+    dtype = float_dtype(jnp.float32 if dtype is None else dtype)
     config = with_fields(checkpoint.config, dtype=dtype.name)
     graph, params = load(
         checkpoint._replace(config=config), placement(mesh, rules), lambda path, shape: dtype

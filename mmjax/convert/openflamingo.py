@@ -34,7 +34,14 @@ from mmjax.convert import files
 from mmjax.convert.families import _vlm
 from mmjax.convert.family import Family, Origin
 from mmjax.convert.kinds import ARRAY, LINEAR, NORM, Kind, Leaf, Transform, array, fused
-from mmjax.convert.load import Checkpoint, load, open_checkpoint, placement, with_fields
+from mmjax.convert.load import (
+    Checkpoint,
+    float_dtype,
+    load,
+    open_checkpoint,
+    placement,
+    with_fields,
+)
 from mmjax.convert.save import difference, item, refuse_existing
 from mmjax.convert.table import ConversionError, Row, lay_out, rename
 from mmjax.models import Flamingo, FlamingoConfig, LMConfig, ViTConfig
@@ -117,7 +124,7 @@ def load_openflamingo(
     count = shapes[tables[0]][0]
     if new_tokens is None:
         new_tokens = _new_tokens(text.origin.directory, count)
-    dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
+    dtype = float_dtype(jnp.float32 if dtype is None else dtype)
     lm = dataclasses.replace(text.config, vocab_size=count - new_tokens)
     try:
         config = _config(shapes, lm, tower_of(images.config), new_tokens)
@@ -180,7 +187,7 @@ def save_openflamingo(
     )
     if differing:
         raise ConversionError(f"OpenFlamingo cannot say {', '.join(differing)}.")
-    dtype = None if dtype is None else np.dtype(jnp.dtype(dtype))
+    dtype = None if dtype is None else float_dtype(dtype)
     first = jax.process_index() == 0
     scratch = file.with_name(f".{file.name}.new")
     if first:

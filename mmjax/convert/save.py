@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
@@ -28,7 +27,7 @@ from mmjax.convert.family import (
     transformers_config,
 )
 from mmjax.convert.files import Item, write_directory
-from mmjax.convert.load import CONFIG, GENERATION, with_fields
+from mmjax.convert.load import CONFIG, GENERATION, float_dtype, with_fields
 from mmjax.convert.table import ConversionError, Entry, lay_out
 from mmjax.nn import lora
 from mmjax.params import split
@@ -93,13 +92,14 @@ def save_pretrained(
     Args:
       architecture: the class in transformers; None for the origin's, or the first that fits.
       like: a directory of transformers to take companions from, instead of the origin's.
-      dtype: of all tensors; None keeps each as it is here.
+      dtype: of all tensors: float32, bfloat16 or float16; None keeps each as it is here.
       max_shard_size: of one weights file, in bytes.
       overwrite: whether the directory may be there already; it is then replaced.
 
     Raises:
       FileExistsError: if it is, and may not.
       ConversionError: if no class of transformers computes what this model does.
+      UnknownNameError: on another dtype.
     """
     directory = Path(directory).absolute()
     refuse_existing(directory, overwrite=overwrite)
@@ -107,7 +107,7 @@ def save_pretrained(
     _, params = split(model)
     origin: Origin | None = vars(model).get("origin")
     name, entries, content = describe(model, params, origin, architecture)
-    dtype = None if dtype is None else np.dtype(jnp.dtype(dtype))
+    dtype = None if dtype is None else float_dtype(dtype)
     items = [item(entry, params, dtype) for entry in entries]
     largest = max(items, key=lambda one: one.size)
     content |= {"architectures": [name], "dtype": largest.dtype.name}

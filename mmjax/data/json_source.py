@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import codecs
 import json
 import os
 from collections.abc import Mapping
@@ -16,6 +17,8 @@ from mmjax.data.records import BadRecordError, DataNotFoundError
 from mmjax.data.sources import SOURCES, existing
 
 _SPACE = " \t\r\n"
+# A byte order mark, which some programs put before UTF-8.
+_BOM = codecs.BOM_UTF8.decode("latin-1")
 
 
 @SOURCES.register("json")
@@ -86,10 +89,10 @@ def _spans(file: Path) -> np.ndarray:
     """[records, 2] int64: where each begins and ends, in bytes."""
     # Every byte is a character, so that places in the text are places in the file; whatever stands
     # beyond ASCII is inside of strings.
-    text = file.read_text(encoding="latin-1")
-    start = len(text) - len(text.lstrip(_SPACE))
-    reader = _elements if text[start : start + 1] == "[" else _lines
-    spans = reader(text, file)
+    text = file.read_bytes().decode("latin-1")
+    start = len(_BOM) if text.startswith(_BOM) else 0
+    listed = text[start:].lstrip(_SPACE).startswith("[")
+    spans = (_elements if listed else _lines)(text, start, file)
     if not spans:
         raise DataNotFoundError(
             f"{file} holds no records: a list of objects is expected, or one object a line."
@@ -97,10 +100,10 @@ def _spans(file: Path) -> np.ndarray:
     return np.asarray(spans, np.int64)
 
 
-def _elements(text: str, file: Path) -> list[tuple[int, int]]:
+def _elements(text: str, start: int, file: Path) -> list[tuple[int, int]]:
     decoder = json.JSONDecoder()
     spans = []
-    at = text.index("[") + 1
+    at = text.index("[", start) + 1
     while True:
         while at < len(text) and text[at] in _SPACE + ",":
             at += 1
@@ -116,11 +119,11 @@ def _elements(text: str, file: Path) -> list[tuple[int, int]]:
         at = end
 
 
-def _lines(text: str, file: Path) -> list[tuple[int, int]]:
+def _lines(text: str, start: int, file: Path) -> list[tuple[int, int]]:
     del file
     spans = []
-    at = 0
-    for line in text.split("\n"):
+    at = start
+    for line in text[start:].split("\n"):
         if line.strip(_SPACE):
             spans.append((at, at + len(line)))
         at += len(line) + 1

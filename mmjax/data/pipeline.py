@@ -265,11 +265,17 @@ class TrainBatches:
             if text is not None:
                 made.texts.append(text)
             return
-        names = "\n".join(f"  {bad.record}: {bad.error}" for bad in made.skipped[-10:])
-        raise TooManyBadRecordsError(
-            f"{MAX_NEIGHBOURS} records in a row cannot be used; the last of them:\n{names}\n"
-            "Check the paths and the field names of this source."
-        )
+        raise TooManyBadRecordsError(none_usable(made.skipped[-(step + 1) :]))
+
+
+def none_usable(skipped: Sequence[Skipped]) -> str:
+    """An error message for records that were tried in each other's place, in vain."""
+    names = "\n".join(f"  {bad.record}: {bad.error}" for bad in skipped[-10:])
+    return (
+        f"{len(skipped)} records in a row cannot be used; the last of them:\n{names}\n"
+        "Check the files, paths and field names of these sources and, of conversations, the limits "
+        "(max_len, images, max_targets)."
+    )
 
 
 class EvalBatches:

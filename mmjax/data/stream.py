@@ -26,6 +26,7 @@ from mmjax.data.pipeline import (
     Skipped,
     TooManyBadRecordsError,
     TrainBatches,
+    none_usable,
     position_rng,
 )
 from mmjax.data.records import BadRecordError
@@ -171,7 +172,7 @@ class _PackedWindows(_Windows):
         skipped: list[Skipped] = []
         samples = [one for one in self._samples(self._places(number), skipped) if one is not None]
         if not samples:
-            raise TooManyBadRecordsError(_none_usable(skipped))
+            raise TooManyBadRecordsError(none_usable(skipped))
         rows = pack([sample.size for sample in samples], self.maker.limits)
         order = self.rng(number).permutation(len(rows))
         return Window([[samples[i] for i in rows[row]] for row in order], skipped)
@@ -209,19 +210,10 @@ class _GroupedWindows(_Windows):
                 neighbour = (k, (index + step) % length, position)
                 samples[i] = self._samples([neighbour], skipped)[0]
             if samples[i] is None:
-                raise TooManyBadRecordsError(_none_usable(skipped))
+                raise TooManyBadRecordsError(none_usable(skipped))
         batches = group([len(sample.tokens) for sample in samples], self._batch_size)
         order = self.rng(number).permutation(len(batches))
         return Window([[samples[i]] for batch in order for i in batches[batch]], skipped)
-
-
-def _none_usable(skipped: Sequence[Skipped]) -> str:
-    names = "\n".join(f"  {bad.record}: {bad.error}" for bad in skipped[-10:])
-    return (
-        f"{len(skipped)} records in a row cannot be used; the last of them:\n{names}\n"
-        "Check the paths and the field names of these sources, and the limits of "
-        "data conversation (max_len, images, max_targets)."
-    )
 
 
 class PackedBatches:

@@ -49,7 +49,7 @@ class Loss(Evaluator):
         if not parts:
             raise ValueError(
                 "The evaluator 'loss' needs at least one whole batch of "
-                f"{self._context.batch_size} examples: lower the evaluation batch size, or give it "
+                f"{self._context.batch_size} examples: lower config.train.batch_size, or give it "
                 "more data."
             )
         totals = jax.tree.map(lambda *x: float(np.sum(x, dtype=np.float64)), *parts)

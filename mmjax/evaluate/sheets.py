@@ -250,7 +250,7 @@ def figure_class() -> type:
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError(
-            "Drawing pictures needs matplotlib: pip install matplotlib (it is part of the extra "
-            "'demo'), or set `sheet` of the evaluator to None."
+            "Drawing pictures needs matplotlib, with which mmjax is normally installed: "
+            "pip install matplotlib, or set `sheet` of the evaluator to None."
         ) from None
     return Figure

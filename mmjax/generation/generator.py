@@ -170,7 +170,8 @@ class Generator:
             tokens are the model's `image_token`; None: they have none.
           suppress: tokens that are never chosen.
           num_beams: above 1, beam search; see `Search` for length_penalty and early_stopping.
-          eos_id: end token or tokens.
+          eos_id: end token or tokens. None: there are none, and every row has `max_new_tokens`;
+            unlike in transformers, the model's own are not looked up.
           pad_id: what follows an end; the first end token if None, or 0.
           stop_strings: a text ends with the token that completes one of these.
           decode: ids -> text, such as a tokenizer's `decode`; for stop strings.

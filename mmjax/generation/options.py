@@ -28,7 +28,12 @@ def check_length(valid: np.ndarray, least: int, new_tokens: int, limit: int | No
 
 
 def end_tokens(eos_id: int | Sequence[int] | None, vocab_size: int) -> np.ndarray:
-    """The end tokens [E], each once; raises ValueError if one is outside of the vocabulary."""
+    """The end tokens [E], each once. None is none of them: unlike in transformers, which then takes
+    the end tokens of the model's generation config, every row is as long as may be.
+
+    Raises:
+      ValueError: if one is outside of the vocabulary.
+    """
     given = [] if eos_id is None else np.reshape(eos_id, -1).tolist()
     outside = [token for token in given if not 0 <= token < vocab_size]
     if outside:
@@ -119,10 +124,15 @@ def row_keys(key: Array | None, rows: int) -> Array:
     """A key for each row.
 
     Raises:
-      ValueError: if there is no key, or a number of keys that is not the number of rows.
+      ValueError: if there is no key, something else than one, or a number of keys that is not the
+        number of rows.
     """
     if key is None:
         raise ValueError("temperature above 0 draws tokens: give key=jax.random.key(0).")
+    if not isinstance(key, jax.Array | np.ndarray) or not (
+        jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == np.uint32
+    ):
+        raise ValueError(f"key={key!r} is no random key: give key=jax.random.key(0).")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     if key.ndim == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import math
 import os
@@ -18,6 +19,7 @@ from mmjax.nn.lora import adapted, is_adapter
 from mmjax.params import Params
 from mmjax.train import processes
 from mmjax.train.state import TrainState
+from mmjax.train.workdir import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +109,17 @@ class Checkpoints:
                 ),
                 metrics=None if self.config.best is None else metrics,
             )
+
+    def score(self, step: int, metrics: dict[str, float]) -> None:
+        """Gives the checkpoint of a step, which is on disk, the metrics that `save` could not."""
+        if self.config.best is None:
+            return
+        with processes.together("adding the scores to a checkpoint"):
+            if jax.process_index() == 0:
+                file = self.directory / str(step) / "metrics" / "metrics"  # where Orbax has them
+                file.parent.mkdir(exist_ok=True)
+                write_atomically(file, json.dumps(metrics))
+        self._manager.reload()
 
     def _score(self, metrics: dict[str, float]) -> float:
         """For `CheckpointConfig.best`; steps without an evaluation come last, and so does NaN."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 import mmjax
 from mmjax import convert, flops, rules, sharding
-from mmjax.config import ConfigError, dataclass_from, split_name
+from mmjax.config import ConfigError, dataclass_from, split_name, type_problems
 from mmjax.data.spec import batch_fields
 from mmjax.data.tokenizer import Tokenizer
 from mmjax.nn import backend, lora
@@ -45,7 +45,7 @@ from mmjax.train.handover import (
     smaller_vocabularies,
     with_tokens,
 )
-from mmjax.train.optimizers import OptimizerConfig, make_optimizer, make_schedule
+from mmjax.train.optimizers import OptimizerConfig, is_factor, make_optimizer, make_schedule
 from mmjax.train.schedules import Schedule
 from mmjax.train.step import make_step
 from mmjax.train.tasks import TASKS, StatefulTask, Task
@@ -86,6 +86,20 @@ class RulesConfig:
     trainable: rules.Table = ((".*", True),)
     learning_rate: rules.Table = ((".*", 1.0),)
     weight_decay: rules.Table = ((r"(.*/)?kernel", 1.0), (".*", 0.0))
+
+    def __post_init__(self):
+        for name, fits, expected in (
+            ("sharding", lambda value: isinstance(value, str), "a strategy (a string)"),
+            ("trainable", lambda value: isinstance(value, bool), "True or False"),
+            ("learning_rate", is_factor, "a factor of at least 0"),
+            ("weight_decay", is_factor, "a factor of at least 0"),
+        ):
+            for row in getattr(self, name):
+                if not fits(row[1]):
+                    raise ConfigError(
+                        f"The value of the row {tuple(row)!r} of config.rules.{name} must be "
+                        f"{expected}."
+                    )
 
 
 # The groups of a config and the dataclasses that check them; None: checked where it is used.
@@ -256,6 +270,9 @@ def prepare(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
     problems += [f"  config.{key} is missing" for key in GROUPS if key not in config]
     if problems:
         raise ConfigError("The config is not complete:\n" + "\n".join(problems))
+    problems = type_problems({"seed": int, "data": Mapping, "evals": Mapping}, config, "config")
+    if problems:
+        raise ConfigError("The config cannot be used:\n" + "\n".join(problems))
     parts = {
         name: dataclass_from(cls, config[name], f"config.{name}")
         for name, cls in GROUPS.items()
@@ -287,6 +304,7 @@ def prepare(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
         return model
 
     graphdef, shapes = abstract(make)
+    _init_rows(config.init, shapes)
     tables = parts["rules"]
     placed = sharding.parameter_shardings(shapes, tables.sharding, mesh)
     trainable = rules.match(tables.trainable, shapes, name="rules.trainable")
@@ -330,6 +348,43 @@ def prepare(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
     )
 
 
+def _init_rows(init: Any, paths: Iterable[str]) -> list[tuple[tuple, dict[str, str]]]:
+    """Each row of config.init, and the parameters that it decides: {path here: path there}.
+
+    Raises:
+      ConfigError: on what is no table of rows, or a row that is none.
+      RuleError: if a row matches nothing.
+    """
+    form = "(pattern over this model's paths, source, path there), three strings"
+    if not isinstance(init, tuple | list):
+        raise ConfigError(f"config.init must be a tuple of rows {form}; it is {init!r}.")
+    left, rows = list(paths), []
+    for row in init:
+        whole = isinstance(row, tuple | list) and len(row) == 3
+        if not (whole and all(isinstance(part, str | Path) for part in row)):
+            raise ConfigError(
+                f"The row {row!r} of config.init is not {form}. A table of one row is a tuple too: "
+                r"config.init=(('image/(.*)', 'runs/vit', r'\1'),)."
+            )
+        pattern, _, there = row
+        try:
+            matches = {path: re.fullmatch(pattern, path) for path in left}
+            names = {path: match.expand(there) for path, match in matches.items() if match}
+        except (re.error, IndexError) as error:
+            raise ConfigError(
+                f"The row {tuple(row)!r} of config.init cannot be used: its first string must be a "
+                f"regular expression, and its last may name only groups of that: {error}."
+            ) from None
+        if not names:
+            raise rules.RuleError(
+                f"The row {tuple(row)!r} of config.init matches no parameter of the model. Its "
+                "parameters are:\n" + "\n".join(f"  {path}" for path in paths)
+            )
+        left = [path for path in left if path not in names]
+        rows.append((tuple(row), names))
+    return rows
+
+
 def load_initial(experiment: Experiment, tokenizer: Tokenizer | None = None) -> Params:
     """Parameters that config.init takes from elsewhere, straight into sharded arrays.
 
@@ -351,21 +406,10 @@ def load_initial(experiment: Experiment, tokenizer: Tokenizer | None = None) -> 
       ConfigError: if what is taken was made for another computation; see `mmjax.train.handover`.
       RuleError: if a row matches nothing.
     """
+    rows = _init_rows(experiment.config.init, experiment.shapes)
     wanted: dict[str, dict[str, str]] = {}
-    rows: list[tuple[Any, list[str]]] = []
-    left = list(experiment.shapes)
-    for row in experiment.config.init:
-        pattern, source, there = row
-        taken = [path for path in left if re.fullmatch(pattern, path)]
-        if not taken:
-            raise rules.RuleError(
-                f"The row {tuple(row)!r} of config.init matches no parameter of the model. Its "
-                "parameters are:\n" + "\n".join(f"  {path}" for path in experiment.shapes)
-            )
-        left = [path for path in left if path not in taken]
-        rows.append((row, taken))
-        for path in taken:
-            wanted.setdefault(source, {})[path] = re.fullmatch(pattern, path).expand(there)
+    for (_, source, _), names in rows:
+        wanted.setdefault(source, {}).update(names)
     loaded: Params = {}
     targets = experiment.target_params()
     for source, names in wanted.items():
@@ -387,10 +431,10 @@ def load_initial(experiment: Experiment, tokenizer: Tokenizer | None = None) -> 
                 twice.add(there)
         if any(map(lora.is_adapter, arrays)):
             check_adapters(experiment.config.lora.to_dict(), source)
-    for row, taken in rows:
-        if not loaded.keys() & set(taken):
+    for row, names in rows:
+        if not loaded.keys() & names.keys():
             raise rules.RuleError(
-                f"The row {tuple(row)!r} of config.init takes adapters only, and its source has "
+                f"The row {row!r} of config.init takes adapters only, and its source has "
                 "none of them: leave it out for new ones."
             )
     return loaded

@@ -33,7 +33,7 @@ from mmjax.train.checkpoints import Checkpoints
 from mmjax.train.experiment import Experiment, load_initial, prepare
 from mmjax.train.handover import model_dataclass
 from mmjax.train.logging import MetricsWriter, progress, read_metrics
-from mmjax.train.processes import together
+from mmjax.train.processes import agree, together
 from mmjax.train.state import fingerprint
 
 log = logging.getLogger(__name__)
@@ -59,6 +59,10 @@ class Preempted(Exception):
 
 def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     """Train, or resume training, until config.train.steps.
+
+    An evaluation that fails ends the run, but what was trained is saved, and the resumed run begins
+    with that evaluation, by then perhaps with another `config.evals`. (Not so for several processes
+    with `config.checkpoint.best`: there the checkpoint comes after the evaluation.)
 
     Args:
       config: a complete config.
@@ -105,7 +109,8 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -
         loader.set_state(position)
         order = position.get(ORDER, "")
         log.info("Resuming from step %d.", start)
-    if start >= experiment.train.steps:
+    due = _evaluation_due(experiment, evaluators, workdir, start)
+    if start >= experiment.train.steps and not due:
         workdirs.end_manifest(workdir, **{ORDER: order})  # if it was killed just before that
         scores = _last_scores(workdir, start)
         lines = "".join(f"\n  {name}: {value:.4g}" for name, value in scores.items())
@@ -126,7 +131,17 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -
         stack.enter_context(contextlib.closing(writer))
     run = _Run(experiment, workdir, loader, writer, saved, evaluators, order)
     with _StopOnSignal() as stop:
-        return run.run(state, start, stop)
+        return run.run(state, start, stop, evaluate_first=due)
+
+
+def _evaluation_due(
+    experiment: Experiment, evaluators: dict[str, Scheduled], workdir: Path, step: int
+) -> bool:
+    """Whether the evaluation of a step that is saved is missing: it failed, or was killed."""
+    last = step >= experiment.train.steps
+    due = step > 0 and any(evaluator.due(step, last) for evaluator in evaluators.values())
+    # The first process's answer is everyone's: only it writes these rows.
+    return not agree(jax.process_index() > 0 or not due or bool(_last_scores(workdir, step)))
 
 
 def _last_scores(workdir: Path, step: int) -> dict[str, float]:
@@ -139,6 +154,9 @@ class Scheduled(NamedTuple):
 
     evaluator: Evaluator
     every: int
+
+    def due(self, step: int, last: bool) -> bool:
+        return last or step % self.every == 0
 
 
 def make_evaluators(experiment: Experiment, tokenizer: Any, workdir: Path) -> dict[str, Scheduled]:
@@ -160,6 +178,8 @@ def make_evaluators(experiment: Experiment, tokenizer: Any, workdir: Path) -> di
     result = {}
     for key, entry in experiment.config.evals.items():
         where = f"config.evals.{key}"
+        if not isinstance(entry, ConfigDict):
+            raise ConfigError(f"{where} must be a group of keys, not {entry!r}.")
         fields = entry.to_dict()
         every = fields.pop("every", None)
         if not isinstance(every, int) or every < 1:
@@ -185,9 +205,14 @@ class _Run:
     evaluators: dict[str, Scheduled]
     order: str  # a digest of the records seen, in their order; of this process
 
-    def run(self, state: Any, start: int, stop: _StopOnSignal) -> dict[str, float]:
+    def run(
+        self, state: Any, start: int, stop: _StopOnSignal, *, evaluate_first: bool
+    ) -> dict[str, float]:
         training, checkpoint = self.experiment.train, self.experiment.checkpoint
         evaluated: dict[str, float] = {}
+        if evaluate_first:
+            evaluated = self._evaluate_safely(state, start, last=start >= training.steps)
+            self.saved.score(start, evaluated)
         clock = _Clock(self.experiment)
         bar = progress(training.steps, start)
         pending = None
@@ -212,7 +237,7 @@ class _Run:
             stopping = stop.requested(step)
             logs = last or step % training.log_every == 0
             saves = last or stopping or step % checkpoint.every == 0
-            due = any(last or step % evaluator.every == 0 for evaluator in self.evaluators.values())
+            due = any(evaluator.due(step, last) for evaluator in self.evaluators.values())
             if not (logs or saves or due):
                 continue
             self._check_finite(*pending)
@@ -223,14 +248,15 @@ class _Run:
                 bar.set_postfix_str(
                     f"loss {row['train/loss']:.4g}, data wait {row['perf/data_wait_share']:.0%}"
                 )
-            if due:
-                with clock.paused():
-                    evaluated = self._evaluate(state, step, last=last)
-            if saves:
-                with clock.paused():
-                    self.writer.sync()
-                    position = self.loader.get_state() | {ORDER: self.order}
-                    self.saved.save(step, state, position, evaluated if due else {})
+            with clock.paused():
+                # Before the evaluation, which may fail or be killed; but its score decides whether
+                # the best checkpoint stays, and belongs into it.
+                if saves and not (due and checkpoint.best):
+                    self._save(state, step, {})
+                if due:
+                    evaluated = self._evaluate_safely(state, step, last=last)
+                if saves and due and checkpoint.best:
+                    self._save(state, step, evaluated)
             if stopping and not last:
                 bar.close()
                 self.saved.wait()
@@ -245,11 +271,36 @@ class _Run:
         rate = self.experiment.optimizer.learning_rate * self.experiment.schedule(step - 1)
         return row | {"train/learning_rate": float(rate)}
 
+    def _save(self, state: Any, step: int, scores: dict[str, float]) -> None:
+        self.writer.sync()
+        position = self.loader.get_state() | {ORDER: self.order}
+        self.saved.save(step, state, position, scores)
+
+    def _evaluate_safely(self, state: Any, step: int, last: bool) -> dict[str, float]:
+        """Scores; if there are none because of an error, the state is saved before it is raised."""
+        several = jax.process_count() > 1
+        if several:
+            # Afterwards one that failed could not wait for the others, which may still evaluate.
+            self.saved.wait()
+        try:
+            return self._evaluate(state, step, last)
+        except Exception:
+            if not several:
+                self._save(state, step, {})  # unless it is there already
+                self.saved.wait()
+                log.error(
+                    "An evaluation of step %d failed. The state is saved: the same command goes on "
+                    "with this evaluation, and config.evals may be changed before.",
+                    step,
+                )
+            raise
+
     def _evaluate(self, state: Any, step: int, last: bool) -> dict[str, float]:
         row: dict[str, float] = {}
         best = self.experiment.checkpoint.best
-        for name, (evaluator, every) in self.evaluators.items():
-            if last or step % every == 0:
+        for name, scheduled in self.evaluators.items():
+            if scheduled.due(step, last):
+                evaluator = scheduled.evaluator
                 scores = evaluator.run(state.eval_params)
                 if jax.process_index() == 0:
                     tqdm.write(f"\n{name}, step {step}\n{evaluator.describe(scores)}")

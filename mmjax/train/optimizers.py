@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -139,6 +140,26 @@ class OptimizerConfig:
     clip_norm: float | None = 1.0
     ema: float | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        for name in ("learning_rate", "weight_decay"):
+            value = getattr(self, name)
+            if not is_factor(value):
+                raise ValueError(f"config.optimizer.{name} must be at least 0, not {value!r}.")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(
+                f"config.optimizer.clip_norm must be above 0, or None, not {self.clip_norm!r}."
+            )
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ValueError(
+                f"config.optimizer.ema must be at least 0 and below 1, or None, not {self.ema!r}."
+            )
+
+
+def is_factor(value: Any) -> bool:
+    """Whether it is a finite number of at least 0."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return number and 0 <= value < math.inf
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:

@@ -21,8 +21,10 @@ import jax
 from ml_collections import ConfigDict
 
 from mmjax import config as configs
+from mmjax import registry
 
-# These say how a run is executed, not what it computes: they may change between resumptions.
+# These say how a run is executed and what is told of it, not what it learns: they may change
+# between resumptions.
 EXECUTION_KEYS = (
     "mesh",
     "data.workers",
@@ -30,6 +32,8 @@ EXECUTION_KEYS = (
     "data.prefetch",
     "data.max_bad_share",
     "checkpoint",
+    "evals",
+    "train.log_every",
     "train.wandb",
 )
 
@@ -123,6 +127,7 @@ def manifest(config: ConfigDict, **facts: Any) -> dict[str, Any]:
         "packages": {name: importlib.metadata.version(name) for name in packages},
         "devices": [f"{jax.device_count()} x {jax.devices()[0].device_kind}"],
         "processes": jax.process_count(),
+        "plugins": registry.plugins(),
         "started": _now(),
         **facts,
     }

@@ -139,6 +139,16 @@ def test_a_dtype_is_that_of_matrices_and_of_the_computation(saved, tmp_path):
     assert_same(mmjax.from_pretrained(tmp_path / "again", dtype=jnp.bfloat16), model)
 
 
+@pytest.mark.parametrize("kind", ["int8", np.int32, "flot", "bfloat17"])
+def test_other_dtypes_are_refused(clip, saved, kind, tmp_path):
+    """Whole numbers would have been zeros, nearly all."""
+    with pytest.raises(ValueError, match="Valid: bfloat16, float16, float32"):
+        mmjax.save_pretrained(clip, tmp_path / "new", dtype=kind)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match="Valid: bfloat16, float16, float32"):
+        mmjax.from_pretrained(saved, dtype=kind)
+
+
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)], ids=["fsdp", "all"])
 def test_each_device_holds_its_shard_only(clip, saved, sizes):
     mesh = make_mesh(MeshConfig(*sizes))

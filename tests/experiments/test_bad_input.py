@@ -66,6 +66,12 @@ def attempt(tmp_path, capfd):
          ["no checkpoint in /nowhere", "Train that run first"]),
         ("", ["--config.init=(('laiers/.*', '/nowhere', ''),)"],
          ["matches no parameter", "mlp/up/kernel"]),
+        ("", ["--config.init=('head/.*', '/nowhere', 'head/.*')"],
+         ["'head/.*' of config.init is not (pattern", "three strings"]),
+        ("", ["--config.rules.trainable=(('head/.*', True), ('.*', 'no'))"], ["True or False"]),
+        ("", ["--config.lora=dict(rank=x)"], ["config.lora must be a group of keys"]),
+        ("", ["--config.model.widht=8"], ["config.model.widht is unknown; did you mean 'width'"]),
+        ("", ["--processes=2"], ["--coordinator HOST:PORT", "would train alone"]),
     ],
 )  # fmt: skip
 def test_config(attempt, arg, extra, expected):

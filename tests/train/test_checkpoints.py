@@ -186,3 +186,17 @@ def test_restore_params_names_what_is_wrong(three):
     with pytest.raises(CheckpointError, match=r"no checkpoint in .*Train that run first"):
         restore_params(folder.parent / "nowhere", wrong)
     assert json.dumps(sorted(path.name for path in folder.iterdir())) == '["1", "2", "3"]'
+
+
+def test_scores_that_come_after_the_checkpoint(tmp_path):
+    """The best one stays, also if its evaluation failed at first and was made by a resumed run."""
+    config = CheckpointConfig(every=1, keep=1, best="eval/a")
+    state = tiny.only({"x": jax.numpy.ones(3)})
+    with Checkpoints(tmp_path, config) as saved:
+        saved.save(1, state, {}, {"eval/a": 0.5})
+        saved.save(2, state, {}, {})
+    with Checkpoints(tmp_path, config) as saved:
+        saved.score(2, {"eval/a": 0.9})
+        for step in (3, 4):
+            saved.save(step, state, {}, {"eval/a": 0.1})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4"]

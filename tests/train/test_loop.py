@@ -14,7 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
 import digits_config
 
 from mmjax import data as datasets
+from mmjax.evaluate.classification import Classification
 from mmjax.train import loop
+from mmjax.train.logging import read_metrics
 
 POISONED = 8
 
@@ -145,3 +147,48 @@ def test_a_gradient_may_be_infinite_where_the_loss_is_not(tmp_path):
 def test_the_step_moves_nothing_by_itself(runs):
     """The transfer guard is on around each step: host arrays do not slip to the device unseen."""
     assert runs[-1]["transfers refused"] == 12 - 6
+
+
+def test_a_failed_evaluation_loses_nothing(tmp_path):
+    """The trained state is saved though no checkpoint was due; with the evaluation mended the run
+    ends without another step, and its metrics are those of a run that never failed."""
+    workdir = tmp_path / "run"
+    config = digits_config.get_config("steps=3,every=100")
+    config.optimizer.schedule.warmup = 1
+    trained = []
+
+    def counting(compile_step):
+        def compiled(clock, experiment, arrays):
+            trained.append(1)
+            return compile_step(clock, experiment, arrays)
+
+        return compiled
+
+    def broken(evaluator, params):
+        raise ValueError("a picture cannot be drawn")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop._Clock, "compiled", counting(loop._Clock.compiled))
+        with patch.context() as also:
+            also.setattr(Classification, "run", broken)
+            for _ in range(2):  # it fails again, and no step is taken again
+                with pytest.raises(ValueError, match="cannot be drawn"):
+                    loop.train(config, workdir)
+                assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["3"]
+        config.evals = {"mended": config.evals.test}
+        config.train.log_every = 2
+        scores = loop.train(config, workdir)
+        rows = read_metrics(workdir / "metrics.jsonl")
+        assert loop.train(config, workdir) == scores  # there is nothing left to do
+    assert len(trained) == 3
+    assert rows == read_metrics(workdir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 3]
+    assert rows[-1] == {"step": 3} | scores and "eval/mended/top1" in scores
+    first, again, last = json.loads((workdir / "manifest.json").read_text())
+    assert first["changes"] == again["changes"] == [] and "finished" not in again
+    assert last["resumed_from"] == 3 and "finished" in last
+    assert {line.split(":")[0].strip() for line in last["changes"]} >= {
+        "evals.mended.name",
+        "evals.test.name",
+        "train.log_every",
+    }
