@@ -7,6 +7,7 @@ import collections
 import dataclasses
 import json
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
@@ -17,7 +18,8 @@ from mmjax.evaluate.answer_sheet import Card, answer_sheet, spread
 from mmjax.evaluate.base import Evaluator
 from mmjax.evaluate.context import EvalContext
 from mmjax.evaluate.controls import CONTROLS, image_names
-from mmjax.evaluate.shots import CHOICES, few_shot
+from mmjax.evaluate.shots import CHOICES, FewShot, few_shot
+from mmjax.evaluate.similarity import EmbedderFeatures, ModelFeatures
 from mmjax.evaluate.summary import (
     BLIND,
     CHANCE,
@@ -58,10 +60,22 @@ class QuestionEvaluator(Evaluator):
       batch_size: rows at a time; a multiple of the mesh's shards.
       controls: of `CONTROLS`; without "blind" there is no gain. They change the images of examples
         too.
-      shots: how many examples, with their answers, stand before each question.
-      shots_from: a data config of the questions that examples are taken from.
+      shots: how many examples, with their answers, stand before each question. None is of the
+        question's own record or image.
+      shots_from: a data config of the questions that examples are taken from. They are written as
+        `data` says: as turns of one conversation, or, where its template has a `chunk`, as one
+        document.
       shots_by: how they are chosen: of `CHOICES`, "random" or "rices".
       shots_pool: take them from so many questions; None: all.
+      shots_seed: which questions those are, and which examples are drawn of them. Published
+        figures are often means over several seeds: an evaluation for each.
+      shots_weights: by what "rices" compares images: a directory of Hugging Face format with a
+        CLIP, SigLIP or AltCLIP, or the work directory of a run. None: the mean of the features that
+        the evaluated model's connector reads.
+      shots_text_only: with shots=0, so many examples whose images are left out stand before each
+        question; 2 in the zero-shot figures of Flamingo and OpenFlamingo.
+      shots_between: a text after each example, for templates with a `chunk`; "\\n" in
+        OpenFlamingo's evaluation.
       answers: the name of a file of all answers, one JSON object a line; None: none. It is written
         to the work directory at each run, and so is the sheet.
       sheet: the file name of a picture of questions and answers; None: none.
@@ -71,7 +85,8 @@ class QuestionEvaluator(Evaluator):
       context: of a model that answers, and its tokenizer.
 
     Raises:
-      ValueError: on a control that does not exist, or a batch that the mesh cannot share.
+      ValueError: on a control that does not exist, options of examples that mean nothing, or a
+        batch that the mesh cannot share.
     """
 
     data: Mapping[str, Any]
@@ -83,6 +98,10 @@ class QuestionEvaluator(Evaluator):
     shots_from: Mapping[str, Any] | None = None
     shots_by: str = "random"
     shots_pool: int | None = None
+    shots_seed: int = 0
+    shots_weights: str | Path | None = None
+    shots_text_only: int = 0
+    shots_between: str = ""
     answers: str | None = None
     sheet: str | None = None
     sheet_rows: int = 12
@@ -95,17 +114,43 @@ class QuestionEvaluator(Evaluator):
     def __post_init__(self):
         for name in self.controls:
             CONTROLS[name]  # an unknown one is told before training
-        CHOICES[self.shots_by]
-        if self.shots < 0 or (self.shots > 0 and self.shots_from is None):
-            raise ValueError(
-                f"shots={self.shots}: say with `shots_from` which data the examples are of; "
-                "shots=0 takes none."
-            )
+        self._check_shots()
         shards = batch_shards(self.context.mesh)
         if self.batch_size < 1 or self.batch_size % shards:
             raise ValueError(
                 f"A batch of {self.batch_size} questions does not divide over {shards} shards: "
                 f"make batch_size a multiple of {shards}."
+            )
+
+        self._embed = None
+        if self.examples and self.shots_by == "rices":
+            self._embed = (
+                ModelFeatures(self.context, self.batch_size)
+                if self.shots_weights is None
+                else EmbedderFeatures(self.shots_weights, self.batch_size)
+            )
+
+    @property
+    def examples(self) -> int:
+        """How many stand before each question, with or without images."""
+        return self.shots or self.shots_text_only
+
+    def _check_shots(self) -> None:
+        CHOICES[self.shots_by]
+        if min(self.shots, self.shots_text_only) < 0 or (self.shots and self.shots_text_only):
+            raise ValueError(
+                f"shots={self.shots}, shots_text_only={self.shots_text_only}: neither is negative, "
+                "and one of them is 0."
+            )
+        if self.examples and self.shots_from is None:
+            raise ValueError(
+                f"{self.examples} examples: say with `shots_from` which data they are of; shots=0 "
+                "takes none."
+            )
+        if self.shots_weights is not None and self.shots_by != "rices":
+            raise ValueError(
+                f"shots_by={self.shots_by!r} compares no images: leave `shots_weights` out, or use "
+                "shots_by='rices'."
             )
 
     @classmethod
@@ -177,13 +222,8 @@ class QuestionEvaluator(Evaluator):
         questions = self.complete(questions)
         self.prepare(questions)
         _, clusters = distinct(image_names(questions))
-        if self.shots:
-            support = self.context.open_questions(
-                self.shots_from, self.context.tokenizer, limit=self.shots_pool
-            )
-            questions = few_shot(
-                questions, list(support), self.shots, self.shots_by, self.context, params
-            )
+        if self.examples:
+            questions = self._with_examples(params, questions)
         responses = self._responses(params, questions)
         counts = {name: self._counts(questions, said) for name, said in responses.items()}
         if jax.process_index() == 0:
@@ -194,6 +234,23 @@ class QuestionEvaluator(Evaluator):
         """A table of the groups: the model, the controls, the baseline."""
         lines = table(self.scoring, scores, (*self.controls, MAJORITY, CHANCE))
         return "\n".join(filter(None, (self.title, lines, self.note)))
+
+    def _with_examples(self, params: Params, questions: Sequence[Question]) -> list[Question]:
+        support = self.context.open_support(
+            self.shots_from,
+            self.data,
+            self.context.tokenizer,
+            pool=self.shots_pool,
+            seed=self.shots_seed,
+        )
+        shots = FewShot(
+            count=self.examples,
+            by=self.shots_by,
+            seed=self.shots_seed,
+            text_only=self.shots_text_only > 0,
+            between=self.shots_between,
+        )
+        return few_shot(questions, support, shots, lambda seen: self._embed(params, seen))
 
     def _responses(
         self, params: Params, questions: Sequence[Question]
@@ -276,15 +333,31 @@ class QuestionEvaluator(Evaluator):
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class GeneratingEvaluator(QuestionEvaluator):
-    """A `QuestionEvaluator` of what the model writes, greedily.
+    """A `QuestionEvaluator` of what the model writes, drawing nothing.
 
     An answer ends with the tokenizer's end token or the one that ends the data's answers.
 
     Attributes:
       max_new_tokens: of an answer; what is longer is cut.
+      num_beams: above 1, the best answer of beam search; see `mmjax.generation.Generator`.
+      length_penalty: of beam search: log probabilities are divided by length ** length_penalty.
+      stop: texts before the first of which an answer ends, such as ("Question", "Answer", "Short")
+        in OpenFlamingo's evaluation of VQA.
     """
 
     max_new_tokens: int = 16
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    stop: Sequence[str] = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise ValueError(f"stop={self.stop!r} must be a list of texts, none of them empty.")
+        if self.num_beams == 1 and self.length_penalty != 1.0:
+            raise ValueError(
+                f"length_penalty={self.length_penalty} is of beam search: give num_beams above 1."
+            )
 
     def respond(self, params: Params, questions: Sequence[Question]) -> list[str]:
         context = self.context
@@ -306,9 +379,15 @@ class GeneratingEvaluator(QuestionEvaluator):
                 max_new_tokens=self.max_new_tokens,
                 suppress=suppress,
                 eos_id=sorted(ends - {None}),
+                num_beams=self.num_beams,
+                length_penalty=self.length_penalty,
+                # Beams are at their ends before their texts are known.
+                stop_strings=self.stop if self.num_beams == 1 else (),
+                decode=context.tokenizer.decode,
             )
             for row, ids, length in zip(rows, generated.tokens, generated.lengths, strict=True):
-                texts[row] = context.tokenizer.decode(ids[:length].tolist())
+                said = context.tokenizer.decode(ids[:length].tolist())
+                texts[row] = before_first(self.stop, said)
         return [texts[row] for row in which]
 
 
@@ -329,7 +408,13 @@ def check_drawn(questions: Sequence[Question], draws: bool) -> None:
             )
 
 
-def sight(questions: Sequence[Question]) -> dict[str, list[np.ndarray]]:
+def before_first(ends: Sequence[str], text: str) -> str:
+    """The text up to the first of these; all of it if there is none."""
+    places = [text.find(end) for end in ends if end in text]
+    return text[: min(places)].rstrip() if places else text
+
+
+def sight(questions: Sequence[Question]) -> dict[str, list[Any]]:
     """What a model that sees is given beside the tokens; nothing where there are no images."""
     if not any(len(question.images) for question in questions):
         return {}

@@ -133,11 +133,11 @@ class PictureChoice(AmongOthers, LikelihoodEvaluator):
 
     def __post_init__(self):
         super().__post_init__()
-        if "blind" in self.controls or self.shots:
+        if "blind" in self.controls or self.examples:
             raise ValueError(
-                f"controls={tuple(self.controls)}, shots={self.shots}: images are what is asked "
-                "for here, none is hidden and none stands before the name. Use controls="
-                "('shuffled',) and shots=0."
+                f"controls={tuple(self.controls)}, {self.examples} examples: images are what is "
+                "asked for here, none is hidden and none stands before the name. Use controls="
+                "('shuffled',), shots=0 and shots_text_only=0."
             )
         self._ids = ImageIds(self.context, self.batch_size)
         self._log_probs = self.context.compile(

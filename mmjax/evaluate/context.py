@@ -15,6 +15,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from mmjax.evaluate.support import Support, open_support
 from mmjax.nn.partition import activation_sharding
 from mmjax.params import Params, merge
 from mmjax.registry import Registry
@@ -76,6 +77,7 @@ class EvalContext:
         over batches with `arrays`, `valid` and `texts`; normally `mmjax.data.open_eval`.
       open_questions: `(data_config, tokenizer, *, limit)` -> iterable over
         `mmjax.data.questions.Question`, on every process; normally `mmjax.data.open_questions`.
+      open_support: see `mmjax.evaluate.support.open_support`.
 
     Raises:
       ValueError: if the batch size does not divide over the mesh and the processes.
@@ -89,6 +91,7 @@ class EvalContext:
     batch_size: int
     open_data: Callable[..., Iterable]
     open_questions: Callable[..., Iterable]
+    open_support: Callable[..., Support] = open_support
 
     def __post_init__(self):
         for parts, what in (

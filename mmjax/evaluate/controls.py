@@ -7,12 +7,12 @@ the image.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from mmjax.data.questions import Question
+from mmjax.evaluate.lazy_images import Images, name_of
 from mmjax.registry import Registry
 
 _SEED = 0
@@ -38,10 +38,10 @@ def shuffled(questions: Sequence[Question]) -> list[Question | None]:
     one shape change places; one that is alone in its shape has nothing to be changed with.
     """
     names = image_names(questions)
-    by_shape: dict[tuple[int, ...], dict[str, np.ndarray]] = {}
+    by_shape: dict[tuple[int, ...], dict[str, Images]] = {}
     for question, name in zip(questions, names, strict=True):
         by_shape.setdefault(question.images.shape, {})[name] = question.images
-    following: dict[str, np.ndarray] = {}
+    following: dict[str, Images] = {}
     rng = np.random.default_rng(_SEED)
     for shape, images in by_shape.items():
         order = rng.permutation(list(images))
@@ -57,12 +57,11 @@ def shuffled(questions: Sequence[Question]) -> list[Question | None]:
 def image_names(questions: Sequence[Question]) -> list[str]:
     """A name of the images of each question, the same for equal pixels; its own id where there are
     no images."""
-    hashes: dict[int, str] = {}  # questions about one image may share its array
+    names: dict[int, str] = {}  # questions about one image may share its array
 
-    def name(images: np.ndarray) -> str:
-        if id(images) not in hashes:
-            digest = hashlib.blake2b(np.ascontiguousarray(images), digest_size=16)
-            hashes[id(images)] = f"{images.shape} {digest.hexdigest()}"
-        return hashes[id(images)]
+    def name(images: Images) -> str:
+        if id(images) not in names:
+            names[id(images)] = name_of(images)
+        return names[id(images)]
 
     return [name(q.images) if len(q.images) else q.id for q in questions]

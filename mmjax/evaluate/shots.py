@@ -1,136 +1,154 @@
-"""Few-shot prompts: examples with their answers before a question.
+"""Few-shot prompts: which examples stand, with their answers, before a question.
 
-Alayrac et al., "Flamingo: a Visual Language Model for Few-Shot Learning" (2022).
-The examples are questions of another data set, the support set, drawn at random or the most similar
-ones (RICES, retrieval-based in-context example selection; Yang et al., 2022). In the prompt each
-stands as training has it, with its images, its answer and what ends it.
+Alayrac et al., "Flamingo: a Visual Language Model for Few-Shot Learning" (2022). The examples are
+questions of another data set, the support set, drawn at random or the most similar ones (RICES,
+retrieval-based in-context example selection; Yang et al., 2022). How prompts are written is said in
+`mmjax.evaluate.support`.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import jax
 import numpy as np
 
 from mmjax.data.questions import Question
-from mmjax.evaluate.context import EvalContext
-from mmjax.params import Params, merge
+from mmjax.evaluate.metrics import slices
+from mmjax.evaluate.support import Seen, Support, with_shots
 from mmjax.registry import Registry
 
-# Pictures at a time whose features are compared.
-_BATCH = 64
+__all__ = ["CHOICES", "Choosing", "FewShot", "few_shot", "with_shots"]
 
-# (questions, support set, count, embed) -> of each question the rows of its examples, in the order
-# of the prompt. `embed` gives the features of many questions' images, [N, D], of unit norm.
-Embed = Callable[[Sequence[Question]], np.ndarray]
-Choice = Callable[[Sequence[Question], Sequence[Question], int, Embed], list[Sequence[int]]]
+# Questions at a time whose similarities to the whole support set are held.
+_CHUNK = 256
+# Beside the seed, of the order of examples that are equally similar.
+_TIES = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Choosing:
+    """What examples are chosen of, and by.
+
+    Attributes:
+      questions: that are asked.
+      support: what examples are taken from.
+      count: examples of each question.
+      seed: of what is drawn.
+      embed: vectors of images, [N, D] float32 of unit norm.
+    """
+
+    questions: Sequence[Question]
+    support: Support
+    count: int
+    seed: int
+    embed: Callable[[Sequence[Seen]], np.ndarray]
+
+    def take(self, question: Question, rows: Iterable[int]) -> list[int]:
+        """The first rows that may be the question's examples: whose record and image are others.
+
+        Raises:
+          ValueError: if they are too few.
+        """
+        own, taken = self.support.entry_of(question), []
+        for row in map(int, rows):
+            entry = self.support.entry(row)
+            if entry is None or entry.record == own.record:
+                continue
+            if own.image and entry.image == own.image:
+                continue
+            taken.append(row)
+            if len(taken) == self.count:
+                return taken
+        raise ValueError(
+            f"{self.count} examples were asked for, but the support set of {len(self.support)} "
+            f"questions has {len(taken)} that are not of the record or the image of "
+            f"{question.id}: lower `shots`, raise `shots_pool`, or give more data in `shots_from`."
+        )
+
+
+# -> of each question the rows of its examples, in the order of the prompt.
+Choice = Callable[[Choosing], list[list[int]]]
 CHOICES: Registry[Choice] = Registry("choice of examples")
 
 
 @CHOICES.register("random")
-def draw(
-    questions: Sequence[Question], support: Sequence[Question], count: int, embed: Embed
-) -> list[Sequence[int]]:
+def draw(choosing: Choosing) -> list[list[int]]:
     """Others for each question, the same ones always; the fewer are among the more."""
-    del embed
-    return [
-        np.random.default_rng(zlib.crc32(question.id.encode())).permutation(len(support))[:count]
-        for question in questions
-    ]
+    rows = []
+    for question in choosing.questions:
+        rng = np.random.default_rng([zlib.crc32(question.id.encode()), choosing.seed])
+        rows.append(choosing.take(question, rng.permutation(len(choosing.support))))
+    return rows
 
 
 @CHOICES.register("rices")
-def most_similar(
-    questions: Sequence[Question], support: Sequence[Question], count: int, embed: Embed
-) -> list[Sequence[int]]:
+def most_similar(choosing: Choosing) -> list[list[int]]:
     """Those with the most similar images, the most similar one last; of equal ones, as several
     questions about one image are, any."""
-    nearest = embed(questions) @ embed(support).T
-    shuffled = np.random.default_rng(0).permutation(len(support))
-    order = np.argsort(nearest[:, shuffled], axis=1, kind="stable")
-    return list(shuffled[order[:, -count:]])
+    support, questions = choosing.support, choosing.questions
+    order = np.random.default_rng([choosing.seed, _TIES]).permutation(len(support))
+    order = np.array([row for row in order if support.entry(row) is not None], np.int64)
+    if not len(order):
+        return [choosing.take(question, ()) for question in questions]
+    others = choosing.embed([support.seen(int(row)) for row in order])
+    own = choosing.embed([support.seen_of(question) for question in questions])
+    rows = []
+    for part in slices(len(questions), _CHUNK):
+        for question, similar in zip(questions[part], own[part] @ others.T, strict=True):
+            nearest = falling(similar, 2 * choosing.count)
+            rows.append(choosing.take(question, (order[index] for index in nearest))[::-1])
+    return rows
 
 
-def with_shots(question: Question, shots: Sequence[Question]) -> Question:
-    """The question after examples with their answers.
+def falling(values: np.ndarray, first: int) -> Iterator[int]:
+    """Indices by falling value; all are sorted only if more than the first ones are wanted.
 
-    Raises:
-      ValueError: if an example has no answer in tokens.
+    Args:
+      values: [N]
+      first: so many.
     """
-    ids, places, images = [], [], []
-    visual = 0
-    for number, one in enumerate((*shots, question)):
-        begin = one.begin if number else 0  # a stream begins once
-        said = one.ids[begin:]
-        place = one.place[begin:]
-        places.append(np.where(place >= 0, place + visual, place))
-        ids.append(said)
-        images.append(one.images)
-        visual += one.visual
-        if one is not question:
-            if one.answer_ids is None:
-                raise ValueError(f"The example {one.id} has no answer.")
-            ids.append(one.answer_ids)
-            places.append(np.full(len(one.answer_ids), -1, np.int32))
-    return question._replace(
-        ids=np.concatenate(ids),
-        place=np.concatenate(places),
-        images=np.concatenate(images),
-        visual=visual,
-    )
+    first = min(first, len(values))
+    split = np.argpartition(-values, first - 1)
+    for part in (split[:first], split[first:]):
+        yield from part[np.argsort(-values[part], kind="stable")]
+
+
+@dataclasses.dataclass(frozen=True)
+class FewShot:
+    """What stands before a question.
+
+    Attributes:
+      count: examples.
+      by: how they are chosen: of `CHOICES`.
+      seed: of what is drawn.
+      text_only: whether their images are left out.
+      between: a text after each, for templates of documents.
+    """
+
+    count: int
+    by: str = "random"
+    seed: int = 0
+    text_only: bool = False
+    between: str = ""
 
 
 def few_shot(
     questions: Sequence[Question],
-    support: Sequence[Question],
-    count: int,
-    by: str,
-    context: EvalContext,
-    params: Params,
+    support: Support,
+    shots: FewShot,
+    embed: Callable[[Sequence[Seen]], np.ndarray],
 ) -> list[Question]:
-    """Each question after `count` examples of a support set.
+    """Each question after its examples, whose images are read when they are looked at.
 
     Args:
-      by: of CHOICES.
-      context, params: whose features of images "rices" compares: those that the connector reads.
+      embed: vectors of images, [N, D] float32 of unit norm; used by "rices".
 
     Raises:
-      ValueError: if the support set is smaller.
+      ValueError: if there are too few examples, or images to compare are missing.
     """
-    if len(support) < count:
-        raise ValueError(
-            f"{count} examples were asked for, but the support set has {len(support)} questions: "
-            "lower `shots`, or raise `shots_pool`."
-        )
-    # Compiled once, for both sets.
-    run = jax.jit(lambda params, x: merge(context.graphdef, params).features(x).mean(axis=1))
-    chosen = CHOICES[by](questions, support, count, lambda some: _embed(some, run, params))
-    return [
-        with_shots(question, [support[row] for row in rows])
-        for question, rows in zip(questions, chosen, strict=True)
-    ]
-
-
-def _embed(
-    questions: Sequence[Question], run: Callable[[Params, np.ndarray], jax.Array], params: Params
-) -> np.ndarray:
-    """[N, D] float32 of unit norm: the mean feature of each question's images.
-
-    Args:
-      run: parameters and pictures to the mean feature of each.
-    """
-    different = {id(question.images): question.images for question in questions}
-    pictures = np.concatenate(list(different.values()))
-    features = []
-    for start in range(0, len(pictures), _BATCH):
-        some = pictures[start : start + _BATCH]
-        padded = np.pad(some, [(0, _BATCH - len(some)), (0, 0), (0, 0), (0, 0)])
-        features.append(np.asarray(run(params, padded), np.float32)[: len(some)])
-    features = np.concatenate(features)
-    ends = np.cumsum([len(images) for images in different.values()])[:-1]
-    means = [part.mean(axis=0) for part in np.split(features, ends)]
-    rows = dict(zip(different, means, strict=True))
-    found = np.stack([rows[id(question.images)] for question in questions])
-    return found / np.linalg.norm(found, axis=1, keepdims=True)
+    chosen = CHOICES[shots.by](Choosing(questions, support, shots.count, shots.seed, embed))
+    write = functools.partial(support.prompt, text_only=shots.text_only, between=shots.between)
+    return [write(question, rows) for question, rows in zip(questions, chosen, strict=True)]

@@ -10,6 +10,8 @@ from PIL import Image
 
 from mmjax.data.questions import Question
 from mmjax.evaluate import EVALUATORS
+from mmjax.evaluate.lazy_images import name_of
+from mmjax.evaluate.support import Entry, Seen, with_shots
 
 COLOURS = {"red": (1.0, -1.0, -1.0), "green": (-1.0, 1.0, -1.0), "blue": (-1.0, -1.0, 1.0)}
 SIZE = 4
@@ -68,6 +70,31 @@ def looks(question):
     )
 
 
+class Given:
+    """A support set of questions that are there."""
+
+    def __init__(self, questions):
+        self.questions = questions
+
+    def __len__(self):
+        return len(self.questions)
+
+    def entry(self, row):
+        return self.entry_of(self.questions[row])
+
+    def entry_of(self, question):
+        return Entry(question.id, name_of(question.images))
+
+    def seen(self, row):
+        return self.seen_of(self.questions[row])
+
+    def seen_of(self, question):
+        return Seen(name_of(question.images), question.images, lambda: question.picture)
+
+    def prompt(self, question, rows, *, text_only, between):
+        return with_shots(question, [self.questions[row] for row in rows])
+
+
 def make(name, context, questions, answer=looks, **fields):
     """An evaluator whose model is `answer`, a function of a question. A data config may bring
     questions of its own."""
@@ -82,5 +109,8 @@ def make(name, context, questions, answer=looks, **fields):
         workdir=context.workdir,
         compile=lambda function: None,
         open_questions=lambda data, tokenizer, limit: iter(data.get("given", questions)[:limit]),
+        open_support=lambda shots_from, data, tokenizer, pool, seed: Given(
+            shots_from["given"][:pool]
+        ),
     )
     return Faked(data={}, context=context, **fields)

@@ -102,6 +102,8 @@ def test_files_of_answers(context):
         "model": "Green.",
         "blind": "Red.",
         "shuffled": rows[2]["shuffled"],
+        "blind/accuracy": 0.0,
+        "shuffled/accuracy": float(rows[2]["shuffled"] == "Green."),
     }
 
 

@@ -18,6 +18,8 @@ from mmjax import params, sharding
 from mmjax.connectors.mlp import MLPConfig
 from mmjax.evaluate import make_evaluator
 from mmjax.evaluate.likelihood import answer_log_probs, choice_log_probs
+from mmjax.evaluate.similarity import ModelFeatures
+from mmjax.evaluate.support import Seen
 from mmjax.models.lm import LMConfig
 from mmjax.models.t5 import T5Config
 from mmjax.models.vit import ViTConfig
@@ -216,6 +218,55 @@ def test_answers_are_those_of_generate_and_nothing_compiles_twice(context):
     assert len({row["blind"] for row in rows}) <= 3 < len({row["model"] for row in rows})
     assert all(row["blind"] == rows[i % 3]["blind"] for i, row in enumerate(rows))
     assert scores["n"] == 10 and scores["images"] == 5
+
+
+def test_beams_and_texts_that_end_answers(context):
+    context, placed = context
+    weights = placed(0)
+    config = dict(name="vqa", data={}, max_new_tokens=4, batch_size=4, limit=4, controls=())
+    config |= dict(num_beams=2, length_penalty=0.0)
+    evaluator = make_evaluator(config, context, "config.evals.it")
+    together = mmjax.generate(
+        params.merge(context.graphdef, weights),
+        [q.ids for q in QUESTIONS[:4]],
+        [q.images for q in QUESTIONS[:4]],
+        place=[q.place for q in QUESTIONS[:4]],
+        max_new_tokens=4,
+        eos_id=EOS,
+        mesh=context.mesh,
+        rules=None,
+        num_beams=2,
+        length_penalty=0.0,
+    ).tolist()
+    ends = [ids.index(EOS) + 1 if EOS in ids else len(ids) for ids in together]
+    expected = [" ".join(map(str, ids[:end])) for ids, end in zip(together, ends, strict=True)]
+    assert evaluator.respond(weights, QUESTIONS[:4]) == expected
+    # Beside a text of beam search, which knows it at the end only, one that it ends on its way.
+    for beams in (2, 1):
+        options = config | dict(num_beams=beams, length_penalty=1.0)
+        whole = make_evaluator(options, context, "config.evals.it").respond(weights, QUESTIONS[:4])
+        stop = whole[0].split()[2]
+        cut = make_evaluator(options | dict(stop=(stop,)), context, "config.evals.it")
+        assert cut.respond(weights, QUESTIONS[:4]) == [
+            said.split(stop)[0].rstrip() if stop in said else said for said in whole
+        ]
+    with pytest.raises(ValueError, match=r"length_penalty=0.0 is of beam search"):
+        make_evaluator(config | dict(num_beams=1), context, "config.evals.it")
+    with pytest.raises(ValueError, match="must be a list of texts"):
+        make_evaluator(config | dict(stop="Question"), context, "config.evals.it")
+
+
+def test_features_of_the_model_compare_images(context):
+    context, placed = context
+    weights = placed(0)
+    model = params.merge(context.graphdef, weights)
+    seen = [Seen(str(q.images.mean()), q.images, lambda: None) for q in QUESTIONS]
+    found = ModelFeatures(context, 4)(weights, seen)
+    pictures = np.concatenate([QUESTIONS[row].images for row in range(10)])
+    means = np.asarray(jax.jit(lambda x: model.features(x).mean(axis=1))(pictures))
+    np.testing.assert_allclose(
+        found, means / np.linalg.norm(means, axis=1, keepdims=True), atol=1e-5
+    )
 
 
 def test_choices_and_perplexity_compile_once(context):
