@@ -76,6 +76,8 @@ class Family:
 
 # By name of the class in transformers ("architectures" in config.json).
 FAMILIES: Registry[Family] = Registry("architecture")
+# By model type: why models that people will ask for are not converted, and what to take instead.
+REFUSED: dict[str, str] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +125,8 @@ def find(content: dict[str, Any], where: str) -> tuple[str, Family]:
     model type is taken: whether it fits, the tensors show.
 
     Raises:
-      ConversionError: if the model type is unknown; the known ones are listed.
+      ConversionError: if the model type is unknown or `REFUSED`; the nearest known one is named, or
+        the reason.
     """
     known = families()
     for name in content.get("architectures") or ():
@@ -131,6 +134,8 @@ def find(content: dict[str, Any], where: str) -> tuple[str, Family]:
             if name == key or name in known[key].aliases:
                 return key, known[key]
     model_type = content.get("model_type")
+    if model_type in REFUSED:
+        raise ConversionError(f"{where} has model_type={model_type!r}: {REFUSED[model_type]}")
     types = {known[name].model_type for name in known}
     if model_type not in types:
         raise ConversionError(

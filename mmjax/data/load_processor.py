@@ -63,8 +63,6 @@ def load_processor(
       fixed-resolution SigLIP 2 checkpoints).
     - Emu3Processor puts the begin token before texts even with add_special_tokens=False; here it
       does not.
-    - IdeficsProcessor lets what follows an end token see no image before the next one; here it sees
-      the last one.
 
     Args:
       directory: see above.

@@ -298,6 +298,16 @@ def _idefics(facts: Facts) -> Sight:
     images = ImageProcessor("IdeficsImageProcessor", options | size)
     side = picture_side(images, facts.model)
     token, begin, around = Sight.token, facts.tokenizer.bos_token, idefics3.AROUND
+    if facts.model is not None:
+        model, here = facts.model, facts.tokenizer.get_vocab().get(token)
+        # Ours say it; those of transformers do not.
+        here = agreed(f"the id of {token!r}", here, model.to_dict().get("image_token_id"))
+        count = model.vocab_size + model.additional_vocab_size
+        if here >= count:
+            raise ProcessorConfigError(
+                f"The tokenizer has {token!r} at {here}, but the model has vectors for {count} "
+                "tokens: they do not belong together."
+            )
 
     def prompt(text: str) -> str:
         # Between images that follow each other there is one token, and around them no spaces.

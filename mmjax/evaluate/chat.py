@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 
 from mmjax import convert
 from mmjax.data.conversations import MARKER, Conversation, Turn
+from mmjax.data.idefics3 import AROUND
 from mmjax.data.image import PRESETS
 from mmjax.data.image_options import ImageOptions
 from mmjax.data.load_processor import load_processor
@@ -37,8 +38,10 @@ from mmjax.data.vlm_processor import VLMProcessor
 from mmjax.evaluate.likelihood import Likelihood, answer_arrays, answer_log_probs
 from mmjax.generation import Generated, Generator, Printer
 from mmjax.generation.programs import Structure
+from mmjax.models import Flamingo
 from mmjax.models.vlm import TEXT
 
+END_OF_UTTERANCE = "<end_of_utterance>"
 # Lengths of the rows of training are no limit of the model.
 _NO_LIMIT = 10**9
 # Stands where the model will answer.
@@ -71,6 +74,7 @@ class Speech(Protocol):
 
     Attributes:
       ends: tokens that end what the model says.
+      unsaid: tokens that it reads and does not say.
       chats: whether there is a form for conversations; without one the model continues texts.
       lead: what stands between images and the words about them, where those do not say it.
       levels: mean and standard deviation of each channel, on levels scaled to [0, 1], by which
@@ -78,6 +82,7 @@ class Speech(Protocol):
     """
 
     ends: Sequence[int]
+    unsaid: Sequence[int]
     chats: bool
     lead: str
     levels: Levels | None
@@ -130,8 +135,12 @@ class Speaker:
         self._generator = Generator(model, mesh=mesh)
 
     def __call__(self, prompts: Sequence[Prompt], **options: Any) -> Generated:
-        """What follows the prompts; see `Generator.__call__` for the options."""
-        given: dict[str, Any] = {}
+        """What follows the prompts; see `Generator.__call__` for the options.
+
+        The speech's `unsaid` tokens are suppressed beside those that are given.
+        """
+        suppress = [*self.speech.unsaid, *(options.pop("suppress", None) or ())]
+        given: dict[str, Any] = {"suppress": suppress} if suppress else {}
         if self.sees:
             given["images"] = [prompt.images for prompt in prompts]
             given["place"] = [prompt.place for prompt in prompts]
@@ -261,6 +270,7 @@ class _HFSpeech:
 
     lead = ""
     levels = None
+    unsaid: Sequence[int] = ()
 
     def __init__(self, tokenizer: Any, template: Any, ends: Sequence[int]):
         self._tokenizer, self.chats, self.ends = tokenizer, template is not None, ends
@@ -335,11 +345,12 @@ class ProcessorSpeech(_HFSpeech):
     Args:
       processor: see `mmjax.load_processor`.
       ends: tokens that end a text.
+      unsaid: see `Speech`.
     """
 
-    def __init__(self, processor: VLMProcessor, ends: Sequence[int]):
+    def __init__(self, processor: VLMProcessor, ends: Sequence[int], unsaid: Sequence[int]):
         super().__init__(processor.tokenizer, processor.chat_template, ends)
-        self._processor = processor
+        self._processor, self.unsaid = processor, unsaid
         self.levels = _levels(processor.sight.images.options)
 
     def text(self, text: str, images: Sequence[Any]) -> Prompt:
@@ -378,6 +389,7 @@ class RunSpeech:
     """
 
     chats = True
+    unsaid: Sequence[int] = ()
     # So have the data's forms it.
     lead = "\n"
 
@@ -501,7 +513,9 @@ def _hf_speech(path: Path, model: nnx.Module) -> Speech:
             f"{path} holds a model that sees, but nothing that prepares images for it: its "
             "processor_config.json (or preprocessor_config.json) is missing."
         )
-    return ProcessorSpeech(processor, end_tokens(path, model, processor.tokenizer))
+    tokenizer = processor.tokenizer
+    ends = end_tokens(path, model, tokenizer)
+    return ProcessorSpeech(processor, ends, image_words(model, tokenizer.get_vocab()))
 
 
 def _tokenizer_speech(path: Path, model: nnx.Module, tokenizer: Any) -> TokenizerSpeech:
@@ -511,14 +525,17 @@ def _tokenizer_speech(path: Path, model: nnx.Module, tokenizer: Any) -> Tokenize
 
 def _open_orbax(directory: Path, dtype: str | None, mesh: Mesh | None) -> Speaker:
     """A run, which says how it was trained; or a converted model with the files of another."""
-    from mmjax.train.runs import COMPANIONS, CONFIG, read_run
+    from mmjax.train.runs import COMPANIONS, CONFIG, import_plugins, read_run
 
     if dtype is not None:
         raise ValueError("What is of Orbax computes in the type of its config: leave dtype out.")
     if (directory / CONFIG).is_file():
+        import_plugins(directory)
         data = json.loads((directory / CONFIG).read_text("utf-8"))["data"]
         speech = RunSpeech(data["train"], build_tokenizer(data, directory))
-        return Speaker(read_run(directory), speech, mesh=mesh)
+        model = read_run(directory)
+        speech.unsaid = image_words(model, {})
+        return Speaker(model, speech, mesh=mesh)
     if not (directory / COMPANIONS).is_dir():
         raise ValueError(
             f"{directory} holds weights alone: convert them again from a directory that has the "
@@ -529,7 +546,11 @@ def _open_orbax(directory: Path, dtype: str | None, mesh: Mesh | None) -> Speake
 
 
 def end_tokens(weights: Path, model: nnx.Module, tokenizer: Any) -> list[int]:
-    """The tokens that end a text: of the generation config, else of the config or tokenizer."""
+    """The tokens that end a text: of the generation config, else of the config or tokenizer.
+
+    An IDEFICS that was taught to converse ends what it says with a token of its own, which its
+    files do not name.
+    """
     settings = Path(weights) / "generation_config.json"
     generation = json.loads(settings.read_text("utf-8")) if settings.exists() else {}
     config = _config_of(model)
@@ -540,7 +561,24 @@ def end_tokens(weights: Path, model: nnx.Module, tokenizer: Any) -> list[int]:
         tokenizer.eos_token_id,
     ]
     ends = next((ids for ids in said if ids is not None), [])
-    return ends if isinstance(ends, list) else [ends]
+    ends = list(ends) if isinstance(ends, list) else [ends]
+    if isinstance(model, Flamingo):
+        ends += _known(tokenizer.get_vocab(), END_OF_UTTERANCE)
+    return list(dict.fromkeys(ends))
+
+
+def image_words(model: nnx.Module, vocabulary: Mapping[str, int]) -> list[int]:
+    """Tokens of a Flamingo that mean nothing where no image is: for an image, and around one.
+
+    As transformers' guide to IDEFICS has it, by `bad_words_ids`. A Mllama's head has none of them.
+    """
+    if type(model) is not Flamingo:
+        return []
+    return sorted({model.config.image_token, *_known(vocabulary, AROUND)})
+
+
+def _known(vocabulary: Mapping[str, int], token: str) -> list[int]:
+    return [vocabulary[token]] if token in vocabulary else []
 
 
 def _config_of(model: nnx.Module) -> dict[str, Any]:

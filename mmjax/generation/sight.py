@@ -22,6 +22,7 @@ from mmjax.generation.prompts import (
     read_rows,
 )
 from mmjax.generation.streams import check_streams
+from mmjax.models.mllama import PLACE_MISSING, MllamaConfig
 from mmjax.models.unified import UnifiedConfig
 from mmjax.models.vlm import NEWLINE, TEXT, VLMConfig
 from mmjax.typing import Array
@@ -115,6 +116,8 @@ def _read_places(
 ) -> list[np.ndarray]:
     """Which visual token stands at each token of each row."""
     if place is None:
+        if isinstance(config, MllamaConfig) and config.image_tokens > 1 and any(map(len, pictures)):
+            raise ValueError(PLACE_MISSING)
         made = [len(row) // config.frames * config.image_tokens for row in pictures]
         places = [_places_of(config, row == config.image_token) for row in rows]
         for index, row in enumerate(places):

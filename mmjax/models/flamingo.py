@@ -24,6 +24,7 @@ import numpy as np
 from flax import nnx
 
 from mmjax.connectors import make_connector
+from mmjax.models import image_masks
 from mmjax.models.lm import LM, Cache
 from mmjax.models.vit import ViT
 from mmjax.models.vlm import VLM, VLMConfig, VLMOutput, positions_of
@@ -91,6 +92,9 @@ class FlamingoConfig(VLMConfig):
       after: so many of these come before it. 0 in IDEFICS, every - 1 in OpenFlamingo.
       sees: a token sees the "last" image before it, or "all" that are before it. Tokens before any
         image see none.
+      sight_ends: ids of tokens after which what is before them is no longer seen: the text that
+        follows sees no image until the next one. An end token itself still sees. Of IDEFICS, the
+        end of a document.
       context_width: of the visual tokens; None: that of the language model.
     """
 
@@ -99,12 +103,14 @@ class FlamingoConfig(VLMConfig):
     every: int = 1
     after: int = 0
     sees: str = "last"
+    sight_ends: tuple[int, ...] = ()
     context_width: int | None = None
     name: str = dataclasses.field(default="flamingo", init=False)
 
     def __post_init__(self):
         super().__post_init__()
         check_choice("sees", self.sees, SEES)
+        object.__setattr__(self, "sight_ends", tuple(sorted(set(self.sight_ends))))
         if self.attention != "causal" or self.newline:
             raise ValueError(
                 f"attention={self.attention!r}, newline={self.newline}: no visual token stands in "
@@ -128,6 +134,11 @@ class FlamingoConfig(VLMConfig):
             raise ValueError(
                 f"image_token={self.image_token} stands in the text, but there are vectors for "
                 f"{self.vocab_size} tokens only: take one of them, or more new_tokens."
+            )
+        if self.sight_ends and not 0 <= self.sight_ends[0] <= self.sight_ends[-1] < self.vocab_size:
+            raise ValueError(
+                f"sight_ends={self.sight_ends}: give ids of the {self.vocab_size} tokens that the "
+                "model reads."
             )
         _ = self.visual_tokens  # raises where the connector does not fit
 
@@ -181,6 +192,12 @@ class Context(NamedTuple):
         seen = dataclasses.replace(self.mask, query=last[0]).dense()[:, 0].astype(jnp.int32)
         mask = Mask(Labels(group=jnp.ones_like(seen[:, :1])), Labels(group=seen))
         return Context(remembered, mask, last[1])
+
+    def hidden(self, rows: Bool[Array, " b"]) -> Context:
+        """The same, of which these rows see nothing."""
+        group = jnp.where(rows[:, None], 0, self.mask.query.group)
+        query = self.mask.query._replace(group=group)
+        return self._replace(mask=dataclasses.replace(self.mask, query=query))
 
 
 class FlamingoCache(NamedTuple):
@@ -437,8 +454,8 @@ class Flamingo(VLM):
         """See `VLMOutput`, and `VLM.run` for the arguments.
 
         Args:
-          place: which image of the row (or clip) stands at each position, -1 for none; None: they
-            stand, in order, where tokens are `config.image_token`.
+          place: which image of the row (or clip) stands at each position, -1 for none; in any
+            order. None: they stand, in order, where tokens are `config.image_token`.
           images: None: no row has any.
         """
         positions, attention = None, None
@@ -480,14 +497,14 @@ class Flamingo(VLM):
             self.gated.block(number).attention.remember(context.tokens)
             for number in range(self.gated.depth)
         )
-        return logits, FlamingoCache(cache, context.ahead(remembered))
+        return logits, FlamingoCache(cache, self._after(tokens[:, -1], context.ahead(remembered)))
 
     def step(
         self, tokens: Int[Array, " b"], cache: FlamingoCache
     ) -> tuple[Float[Array, "b v"], FlamingoCache]:
         """Read one more token of each text, which is no image's; see `LM.step`."""
         logits, own = self._looking(cache.context).step(tokens, cache.lm)
-        return logits, cache._replace(lm=own)
+        return logits, FlamingoCache(own, self._after(tokens, cache.context))
 
     def logits(self, hidden: Float[Array, "*b e"]) -> Float[Array, "*b v"]:
         """The output head, for `VLMOutput.hidden` or some of its vectors; float32."""
@@ -515,6 +532,11 @@ class Flamingo(VLM):
         parts = (self.lm.head, self.lm.token), (self.new_head, self.new_token)
         return jnp.concatenate([logits_of(*part, hidden, dtype) for part in parts], axis=-1)
 
+    def _after(self, tokens: Int[Array, " b"], context: Context) -> Context:
+        """What is seen after these tokens, by which it was seen."""
+        ends = self.config.sight_ends
+        return context.hidden(image_masks.is_end(tokens, ends)) if ends else context
+
     def _embed_text(self, tokens: Array, mask: Array | None) -> Float[Array, "b t d"]:
         # Whatever stands at padding, -1 for instance, must not become a vector of NaN.
         tokens = tokens if mask is None else jnp.where(mask, tokens, 0)
@@ -540,6 +562,7 @@ class Flamingo(VLM):
         place = self._places(tokens, mask) if place is None else place
         # An image that is not there is NaN: under `jit` the only way to be noticed.
         embeddings = jnp.where((place < count)[:, :, None], embeddings, jnp.nan)
+        segments, parents = image_masks.in_sight(tokens, self.config.sight_ends, segments, parents)
         return embeddings, Context(visual, self._seen(place, count, segments, parents))
 
     def _nothing(self, tokens: Array, dtype: Any) -> Context:
@@ -548,28 +571,7 @@ class Flamingo(VLM):
         none, no_key = jnp.zeros_like(tokens), jnp.zeros_like(tokens[:, :1])
         return Context(nothing, Mask(Labels(group=none), Labels(group=no_key)))
 
-    def _seen(
-        self, place: Array, count: int, segments: Array | None, parents: Array | None
-    ) -> Mask:
+    def _seen(self, place: Array, count: int, segments: Array, parents: Array | None) -> Mask:
         """The mask from the text to the visual tokens of so many images."""
-        per_image = self.config.visual_tokens
-        group = jnp.ones_like(place) if segments is None else segments
-        # The sample that each image belongs to, 0 for those that stand nowhere.
-        stands = place[:, :, None] == jnp.arange(count, dtype=jnp.int32)
-        owner = jnp.max(jnp.where(stands, group[:, :, None], 0), axis=1)
-        # The last image before each token, or at it, counted from 1.
-        last = jax.lax.cummax(jnp.maximum(place + 1, 0), axis=1)
-        number = jnp.broadcast_to(jnp.arange(1, count + 1, dtype=jnp.int32), owner.shape)
-
-        def each(label: Array) -> Array:
-            return jnp.repeat(label, per_image, axis=1)
-
-        if self.config.sees == "all":
-            query = Labels(group=group, order=last, parent=parents)
-            return Mask(query, Labels(group=each(owner), order=each(number)))
-        of_last = jnp.take_along_axis(owner, jnp.maximum(last - 1, 0), axis=1)
-        related = of_last == group
-        if parents is not None:
-            related = related | (of_last == parents)
-        query = jnp.where(related & (of_last > 0), last, 0)
-        return Mask(Labels(group=query), Labels(group=each(jnp.where(owner > 0, number, 0))))
+        mask = image_masks.sees_all if self.config.sees == "all" else image_masks.sees_last
+        return mask(place, count, self.config.visual_tokens, segments, parents)

@@ -17,6 +17,7 @@ from flax import nnx
 
 from mmjax.connectors import make_connector
 from mmjax.models.flamingo import Context, Flamingo, GatedBlock, GatedConfig, logits_of
+from mmjax.models.image_masks import at_places, first_places, last_images, latest, owners
 from mmjax.models.lm import LM
 from mmjax.models.tiled_vit import TiledViT, TiledViTConfig, tiles_there
 from mmjax.models.vlm import TEXT, VLMConfig
@@ -27,6 +28,10 @@ from mmjax.registry import check_choice
 from mmjax.typing import Array, Float, Int
 
 EARLY = ("none", "all")
+PLACE_MISSING = (
+    "Boards of tiles have several shapes, and `place` says which an image has: give it, as "
+    "processor and layout make it."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +108,11 @@ class MllamaConfig(VLMConfig):
         return self.frames * self.connector.tokens(self.encoder.grid, self.extra)
 
     @property
+    def sight_ends(self) -> tuple[int, ...]:
+        """Of a Flamingo; nothing ends what a Mllama sees."""
+        return ()
+
+    @property
     def gated(self) -> GatedConfig:
         """Of each gated block."""
         lm = self.lm
@@ -135,9 +145,9 @@ class Mllama(Flamingo):
 
     `images` are tiles, `config.frames` of each image, the last ones zeros where its board has
     fewer. `place` [B, T] int32 says in one number which image of the row stands at a token, and the
-    shape of its board: image * `config.image_tokens` + shape, both counted from 0; -1 for text.
-    `mmjax.load_processor` and the layout "mllama" make both. Other arguments are those of
-    `Flamingo.run`.
+    shape of its board: image * `config.image_tokens` + shape, both counted from 0; -1 for text;
+    images stand in any order. `mmjax.load_processor` and the layout "mllama" make both. Other
+    arguments are those of `Flamingo.run`.
 
     Raises:
       ValueError: images without `place` where boards have several shapes.
@@ -198,10 +208,7 @@ class Mllama(Flamingo):
         kinds, count = self.config.image_tokens, images.shape[1] // self.config.frames
         if place is None:
             if kinds > 1:
-                raise ValueError(
-                    "Boards of tiles have several shapes, and `place` says which an image has: "
-                    "give it, as processor and layout make it."
-                )
+                raise ValueError(PLACE_MISSING)
             place = self._places(tokens, mask)
         number = jnp.where(place >= 0, place // kinds, TEXT)
         # An image that is not there is NaN: under `jit` the only way to be noticed.
@@ -229,25 +236,24 @@ class Mllama(Flamingo):
         count, tiles = there.shape[1:]
         group = jnp.ones_like(number) if segments is None else segments
         # The sample that each image belongs to, 0 for those that stand nowhere.
-        stands = number[:, :, None] == jnp.arange(count, dtype=jnp.int32)
-        owner = jnp.max(jnp.where(stands, group[:, :, None], 0), axis=1)
-        # The last image up to each token, counted from 1, and the first of its neighbours.
-        last = jax.lax.cummax(number + 1, axis=1)
-        follows = (number[:, :-1] >= 0) & (group[:, :-1] == group[:, 1:])
+        owner = owners(number, count, group)
+        # Images are known by where they first stand, since their numbers need not rise.
+        stand, here = first_places(number, count), number >= 0
+        name = jnp.take_along_axis(stand, jnp.clip(number, 0, count - 1), axis=1)
+        # The last image up to each token, and the first of its neighbours; 0 if there is none.
+        follows = here[:, :-1] & (group[:, :-1] == group[:, 1:])
         follows = jnp.pad(follows, ((0, 0), (1, 0)))
-        first = jax.lax.cummax(jnp.where(follows, 0, number + 1), axis=1)
-        of_last = jnp.take_along_axis(owner, jnp.maximum(last - 1, 0), axis=1)
-        related = of_last == group
-        if parents is not None:
-            related = related | (of_last == parents)
-        looks = related & (last > 0)
+        place = last_images(here, group, parents)
+        last = at_places(name, place) + 1
+        first = at_places(at_places(name, latest(here & ~follows)), place) + 1
+        looks = place >= 0
         # Those that do not look have a parent that no other token has: to them alone, tiles that
         # are not there are as good as others.
         missing = number.shape[1] + 1
         parent = jnp.zeros_like(group) if parents is None else parents
         query = Labels(
             group=group,
-            order=jnp.where(looks, last, count if self.config.early == "all" else 0),
+            order=jnp.where(looks, last, number.shape[1] if self.config.early == "all" else 0),
             position=jnp.where(looks, first, 0),
             parent=jnp.where(looks, parent, group + missing),
         )
@@ -260,7 +266,7 @@ class Mllama(Flamingo):
             label = jnp.broadcast_to(label, there.shape)
             return jnp.repeat(label.reshape(len(there), -1), per_tile, axis=1)
 
-        order = each(jnp.arange(1, count + 1, dtype=jnp.int32)[:, None])
+        order = each(stand[:, :, None] + 1)
         key = Labels(group=each(kinds), order=order, position=order)
         # A window of one place before the first: what lies before is not seen.
         return Mask(query, key, window=1), looks

@@ -1,17 +1,22 @@
 """IDEFICS of transformers, both ways."""
 
+import json
+
 import hf
 import numpy as np
 import parity
 import processors
 import pytest
 from towers import refused
-from vlms import IMAGE, check
+from vlms import IMAGE, check, forward
 
+import mmjax.convert
 from experiments import generate
+from mmjax.convert import ConversionError
 from mmjax.data.idefics3 import AROUND
 from mmjax.data.image_options import ProcessorConfigError
 from mmjax.data.load_processor import load_processor
+from mmjax.evaluate.chat import open_speaker
 
 transformers = hf.transformers()
 pytestmark = pytest.mark.torch
@@ -128,11 +133,11 @@ PARTS = [
 ]
 
 
-def saved_processor(directory, **options):
+def saved_processor(directory, words=(AROUND, "<image>"), **options):
     from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 
     theirs = transformers.IdeficsProcessor(
-        IdeficsImageProcessorPil(**options), processors.tokenizer(AROUND, "<image>")
+        IdeficsImageProcessorPil(**options), processors.tokenizer(*words)
     )
     return theirs, processors.save(directory, theirs)
 
@@ -159,6 +164,96 @@ def test_processor_refuses(tmp_path):
         load_processor(directory)
 
 
+END_OF_UTTERANCE = "<end_of_utterance>"
+
+
+@pytest.fixture(scope="module")
+def instructed(tmp_path_factory):
+    """A model whose last token is not that of images, its processor, and the directory of both.
+
+    Its images' tokens are the most probable ones: their rows of the head are large.
+    """
+    directory = tmp_path_factory.mktemp("instructed")
+    words = (AROUND, "<image>", END_OF_UTTERANCE)
+    original, _ = saved_processor(directory, words, image_size=VISION["image_size"])
+    config, ids = config_for("as published"), original.tokenizer.get_vocab()
+    config.vocab_size, config.additional_vocab_size = len(ids) - len(words), len(words)
+    config.eos_token_id = ids["</s>"]
+    reference = hf.randomise(transformers.IdeficsForVisionText2Text(config))
+    for name, parameter in reference.named_parameters():
+        if "alpha" in name:
+            parameter.data.fill_(0.7)
+        if name == "lm_head.additional_fc.weight":
+            parameter.data[:2] *= 20
+    reference.save_pretrained(directory)
+    return reference, original, directory
+
+
+def test_what_follows_an_end_sees_no_image_until_the_next(instructed):
+    """The id of images is the tokenizer's, and who sees what is as their processor says it."""
+    import torch
+
+    reference, original, directory = instructed
+    parts = ["a", IMAGES[0], "dog</s> cat", IMAGES[1], "red</s> dog a"]
+    inputs = original(text=[parts], return_tensors="pt")
+    seen = inputs["image_attention_mask"][0].any(-1).numpy()
+    assert (np.diff(seen.astype(int)) != 0).sum() == 4
+    with torch.no_grad():
+        expected = reference(**inputs).logits
+    model, ids = mmjax.convert.from_pretrained(directory), original.tokenizer.get_vocab()
+    assert (model.config.image_token, model.config.sight_ends) == (ids["<image>"], (ids["</s>"],))
+    texts = "a <image> dog</s> cat <image> red</s> dog a"
+    batch = load_processor(directory)(images=IMAGES[:2], text=texts)
+    np.testing.assert_array_equal(batch["tokens"], inputs["input_ids"])
+    logits = forward(model, batch["tokens"], batch["images"], batch["mask"])
+    parity.close("IdeficsForVisionText2Text", "logits", logits, expected)
+
+
+def test_special_tokens_are_saved(instructed, tmp_path):
+    """Beside the tokenizer, and without one."""
+    directory, ids = instructed[2], instructed[1].tokenizer.get_vocab()
+    config = mmjax.convert.from_pretrained(directory).config
+    for name, like in (("with", directory), ("without", tmp_path)):
+        model = mmjax.convert.from_pretrained(directory)
+        mmjax.convert.save_pretrained(model, tmp_path / name, like=like)
+        said = json.loads((tmp_path / name / "config.json").read_text())
+        assert (said["image_token_id"], said["eos_token_id"]) == (ids["<image>"], ids["</s>"])
+        assert mmjax.convert.from_pretrained(tmp_path / name).config == config
+    load_processor(tmp_path / "with")
+    file = tmp_path / "with" / "config.json"
+    file.write_text(json.dumps(said | {"image_token_id": ids[END_OF_UTTERANCE]}))
+    with pytest.raises(ConversionError, match="'<image>' is 15 in the tokenizer"):
+        mmjax.convert.from_pretrained(tmp_path / "with")
+    with pytest.raises(ProcessorConfigError, match="the id of '<image>' is 15"):
+        load_processor(tmp_path / "with")
+    file.write_text(json.dumps(said | {"vocab_size": 10}))
+    with pytest.raises(ValueError, match="do not belong together"):
+        load_processor(tmp_path / "with")
+
+
+def test_what_an_instructed_model_says(instructed):
+    """It ends with an utterance, and says no image, as their guide bans those words."""
+    reference, original, directory = instructed
+    ids = original.tokenizer.get_vocab()
+    images, end = [ids[AROUND], ids["<image>"]], ids[END_OF_UTTERANCE]
+    inputs = original(text=[["a", IMAGES[0], "dog"]], return_tensors="pt")
+    start = inputs["input_ids"].shape[1]
+
+    def written(**options):
+        given = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0} | options
+        return reference.generate(**inputs, **given, eos_token_id=[ids["</s>"], end])[0, start:]
+
+    assert np.isin(written(), images).any()
+    said = written(bad_words_ids=[[image] for image in images]).tolist()
+    speaker = open_speaker(directory)
+    assert speaker.speech.ends == [ids["</s>"], end]
+    prompt = speaker.speech.text("a <image> dog", IMAGES[:1])
+    np.testing.assert_array_equal(speaker([prompt], max_new_tokens=6).tokens, [said])
+    # More may be suppressed beside.
+    others = speaker([prompt], max_new_tokens=1, suppress=[said[0]]).tokens[0, 0]
+    assert others not in {said[0], *images}
+
+
 def test_generate(tmp_path, capsys):
     """The command, on a directory as transformers writes it; the tokens of images are new ones."""
     config = config_for("as published")
@@ -169,7 +264,9 @@ def test_generate(tmp_path, capsys):
     file = tmp_path / "picture.png"
     IMAGES[0].save(file)
     inputs = original(text=[["a", IMAGES[0], "dog"]], return_tensors="pt")
-    ids = reference.generate(**inputs, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    images = [[token] for token in original.tokenizer.convert_tokens_to_ids([AROUND, "<image>"])]
+    options = {"do_sample": False, "pad_token_id": 0, "bad_words_ids": images}
+    ids = reference.generate(**inputs, max_new_tokens=4, **options)
     said = original.tokenizer.decode(ids[0, -4:], skip_special_tokens=True)
     assert said.strip()
     options = ("--image", str(file), "--prompt", "a <image> dog", "--max-new-tokens", "4")

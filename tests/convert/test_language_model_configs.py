@@ -383,6 +383,14 @@ def test_options_that_we_do_not_compute_are_refused(family, options, message, tm
         mmjax.convert.from_pretrained(tmp_path)
 
 
+def test_mpt_1b_is_refused_by_its_name(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "mosaic_gpt"}')
+    with pytest.raises(
+        mmjax.convert.ConversionError, match="MPT-1B, the language model of OpenFlamingo-3B"
+    ):
+        mmjax.convert.from_pretrained(tmp_path)
+
+
 def test_a_model_that_no_class_expresses_is_not_saved(tmp_path):
     """OPT has no window, and nothing was written."""
     reference("Mistral", CASES["Mistral"][1]).save_pretrained(tmp_path / "hf")

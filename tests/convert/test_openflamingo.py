@@ -278,7 +278,7 @@ def test_the_commands(case, model, tmp_path):
 
     speaker = open_speaker(ours)
     same_parameters(speaker.model, model)
-    assert speaker.speech.ends == [OWN]
+    assert (speaker.speech.ends, speaker.speech.unsaid) == ([OWN], [OWN + 1])
     # As the package's factory does it.
     tokenizer = processors.tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|endofchunk|>", "<image>"]})
@@ -291,7 +291,7 @@ def test_the_commands(case, model, tmp_path):
     np.testing.assert_array_equal(prompt.images, expected)
     result = speaker([prompt], max_new_tokens=NEW_TOKENS)
     batch = {"tokens": prompt.ids[None], "images": prompt.images[None], "place": prompt.place[None]}
-    tokens = mmjax.generate(model, **batch, max_new_tokens=NEW_TOKENS)
+    tokens = mmjax.generate(model, **batch, max_new_tokens=NEW_TOKENS, suppress=[OWN + 1])
     np.testing.assert_array_equal(result.tokens, tokens)
 
     for wrong, message in (

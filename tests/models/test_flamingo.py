@@ -157,13 +157,25 @@ def test_a_token_sees_the_images_before_it_and_no_other(run, sees):
     # Without the text before it, what a token itself sees.
     direct = run(
         replace(sees=sees),
-        lambda model, place: model._seen(place, 3, None, None).dense(),
+        lambda model, place: model._seen(place, 3, jnp.ones_like(place), None).dense(),
         place=np.where(tokens[:1] == IMAGE, np.cumsum(tokens[:1] == IMAGE, axis=1) - 1, -1),
     )[0].reshape(12, 3, 3)
     seen = np.arange(12)[:, None] >= starts
     if sees == "last":
         seen &= np.arange(12)[:, None] < np.array([5, 9, 12])
     np.testing.assert_array_equal(direct, np.repeat(seen[:, :, None], 3, axis=2))
+
+
+@pytest.mark.parametrize("sees", ["last", "all"])
+def test_images_stand_in_any_order(run, sees):
+    """The second row has the same images in another order, and says so."""
+    tokens = np.tile(text(12), (2, 1))
+    tokens[:, [2, 5, 9]] = IMAGE
+    place = np.full((2, 12), -1, np.int32)
+    place[:, [2, 5, 9]] = [[0, 1, 2], [2, 0, 1]]
+    images = np.stack([PICTURES[:3], PICTURES[[1, 2, 0]]])
+    rising, other = run(replace(sees=sees), tokens=tokens, images=images, place=place)
+    np.testing.assert_allclose(other, rising, atol=1e-6)
 
 
 def test_what_is_looked_at_is_copied_at_first():
@@ -226,13 +238,18 @@ def test_samples_packed_in_a_row_see_their_own_images(run, sees):
         used += count if not shared else 0
 
 
-@pytest.mark.parametrize("sees", ["last", "all"])
-def test_generation_with_a_cache_equals_none(run, sees):
-    """Rows of unequal length, one without an image, one whose text begins before its image."""
-    config = replace(sees=sees)
-    rows = [[3, IMAGE, 4, IMAGE, 5, 6, 7], [8, 9], [IMAGE, 2, 3]]
-    pictures = [PICTURES[:2], PICTURES[:0], PICTURES[2:3]]
+@pytest.mark.parametrize(
+    "sees, ends", [("last", ()), ("all", ()), ("last", tuple(range(0, 19, 2)))]
+)
+def test_generation_with_a_cache_equals_none(run, sees, ends):
+    """Rows of unequal length, one without an image, one whose text begins before its image; and
+    with ends of what is seen, before what is written and in it."""
+    config = replace(sees=sees, sight_ends=ends)
+    rows = [[3, IMAGE, 4, IMAGE, 5, 6, 7], [8, 9], [IMAGE, 2, 3], [1, IMAGE, 11]]
+    pictures = [PICTURES[:2], PICTURES[:0], PICTURES[2:3], PICTURES[3:4]]
     out = Generator(build(config))(rows, pictures, max_new_tokens=5)
+    if ends:  # the last row sees its image until then
+        assert np.isin(out.tokens[3, :-1], ends).any()
     for row, seen, new in zip(rows, pictures, out.tokens, strict=True):
         images = np.concatenate([seen, np.zeros((2 - len(seen), 8, 8, 3), np.float32)])
         tokens = np.zeros((1, 12), np.int32)
@@ -265,6 +282,7 @@ def test_beams_carry_their_images_along():
         (dict(after=2), "after=2 must be at least 0 and below every=2"),
         (dict(sees="some"), "sees='some'"),
         (dict(image_token=VOCAB), "or more new_tokens"),
+        (dict(sight_ends=(3, VOCAB)), "give ids of the 20 tokens"),
         (dict(newline=True), "newline=True"),
         (dict(attention="prefix"), "attention='prefix'"),
         (dict(gated=GatedConfig(heads=4, head_dim=8, copies=2.0)), "visual_width=24"),

@@ -93,6 +93,16 @@ def pack(samples):
     return np.array([tokens], np.int32), np.array([places], np.int32), images[None]
 
 
+def test_a_question_sees_what_it_continues(model):
+    """Its sample's image, though that of another question stands between."""
+    number = jnp.array([[0, -1, 1, -1, -1]])
+    segments, parents = jnp.array([[1, 1, 2, 2, 3]]), jnp.array([[0, 0, 1, 1, 1]])
+    mask, looks = model._seen(number, jnp.ones((1, 2, TILES), bool), segments, parents)
+    seen = mask.dense().reshape(5, 2, -1).all(-1)
+    np.testing.assert_array_equal(seen, [[1, 0], [1, 0], [0, 1], [0, 1], [1, 0]])
+    assert looks.all()
+
+
 @pytest.mark.parametrize("early", ["none", "all"])
 def test_samples_packed_in_a_row_see_their_own_images(model, early):
     """The second begins with text and an image right after the first's end with one; the questions
@@ -129,6 +139,21 @@ def test_shapes_of_boards_count(model):
     beside = call(model, tokens=tokens, images=images, place=place)
     above = call(model, tokens=tokens, images=images, place=place + (place >= 0))
     assert np.abs(beside - above).max() > 1e-4
+
+
+def test_images_stand_in_any_order(model):
+    """The second row has the same images in another order, and says so; two stand together."""
+    tokens, place, images = pack([2, ("image", 0, 1), 4, ("image", 1, 2), ("image", 2, 0), 5])
+    other = np.where(place >= 0, (place // 3 + 1) % 3 * 3 + place % 3, -1)
+    boards = images.reshape(3, TILES, 8, 8, 3)
+    rows = np.stack([boards, np.roll(boards, 1, axis=0)]).reshape(2, *images.shape[1:])
+    logits = call(model, tokens=np.repeat(tokens, 2, 0), images=rows, place=np.r_[place, other])
+    np.testing.assert_allclose(logits[1], logits[0], atol=1e-6)
+
+
+def test_generation_asks_for_places(model):
+    with pytest.raises(ValueError, match="several shapes, and `place` says"):
+        Generator(model)([[3, IMAGE, 4]], [PICTURES[0]], max_new_tokens=1)
 
 
 def test_an_image_that_is_not_there_is_noticed(model):

@@ -12,17 +12,52 @@ from mmjax.convert.families._towers import POSITION_IDS
 from mmjax.convert.family import FAMILIES, Family, Source
 from mmjax.convert.kinds import ARRAY, EMBEDDING, LINEAR, NORM, array
 from mmjax.convert.table import Row
+from mmjax.data.tokenizer import HF_TOKENIZER_FILES, open_hf_tokenizer
 from mmjax.models import Flamingo, FlamingoConfig, LMConfig
 from mmjax.models.flamingo import GatedConfig
 
 # Of the resampler, which transformers' config does not say.
 RESAMPLER = dict(mlp_ratio=4, activation="relu", norm_eps=1e-5, projection=None)
+IMAGE = "<image>"
 VISION, CONNECTOR = "model.vision_model.", "model.perceiver_resampler."
 LOOK = "model.gated_cross_attn_layers.*."
 
 
+def special_tokens(source: Source) -> tuple[int, tuple[int, ...]]:
+    """The id of "<image>", and those after which a text sees no image before them.
+
+    In transformers the processor says who sees what, by its tokenizer; no config has them. We write
+    `image_token_id`. Where neither says it, "<image>" is taken for the last of the additional
+    tokens, as it is in the first models.
+
+    Raises:
+      ValueError: if tokenizer and config disagree.
+    """
+    hf, path = source.config, source.directory
+    here, there, ends = None, hf.to_dict().get("image_token_id"), hf.eos_token_id
+    if path is not None and any((path / name).exists() for name in HF_TOKENIZER_FILES):
+        tokenizer = open_hf_tokenizer(path)
+        here = tokenizer.get_vocab().get(IMAGE)
+        ends = ends if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    if None not in (here, there) and here != there:
+        raise ValueError(
+            f"{IMAGE!r} is {here} in the tokenizer, but config.json has image_token_id={there}: "
+            "take the tokenizer that the model was saved with."
+        )
+    last = hf.vocab_size + hf.additional_vocab_size - 1
+    image_token = next(token for token in (there, here, last) if token is not None)
+    if isinstance(ends, list):  # of several that end what is said, the first ends a document
+        ends = next(iter(ends), None)
+    return image_token, () if ends is None else (ends,)
+
+
 def from_hf(source: Source) -> FlamingoConfig:
+    """
+    Raises:
+      ValueError: see `special_tokens`; an option that ours does not have.
+    """
     hf = source.config
+    image_token, sight_ends = special_tokens(source)
     perceiver = hf.perceiver_config
     scalar = hf.alpha_type == "float"
     return FlamingoConfig(
@@ -49,9 +84,7 @@ def from_hf(source: Source) -> FlamingoConfig:
             tied=hf.tie_word_embeddings,
             **_decoder.rope_fields(hf),
         ),
-        # "<image>" is the last of the additional tokens. transformers does not say, since there
-        # the processor says who sees what.
-        image_token=hf.vocab_size + hf.additional_vocab_size - 1,
+        image_token=image_token,
         features=(-1,),
         class_token=True,
         gated=GatedConfig(
@@ -67,6 +100,7 @@ def from_hf(source: Source) -> FlamingoConfig:
         ),
         new_tokens=hf.additional_vocab_size,
         every=hf.cross_layer_interval,
+        sight_ends=sight_ends,
         context_width=hf.vision_config.embed_dim,
     )
 
@@ -111,8 +145,9 @@ def to_hf(config: FlamingoConfig) -> Any:
         alpha_type="float" if config.gated.gate == "scalar" else "vector",
         cross_layer_interval=config.every,
         qk_layer_norms=config.gated.qk_norm,
+        image_token_id=config.image_token,
         **_decoder.rope_options(lm),
-        **_decoder.NO_TOKENS,
+        **_decoder.NO_TOKENS | {"eos_token_id": next(iter(config.sight_ends), None)},
     )
 
 

@@ -1,7 +1,7 @@
 """MPT: ALiBi, and no biases.
 
 The class of transformers, which reads the checkpoints of 7B and 30B. MPT-1B has code of its own
-("mosaic_gpt", with norms of queries and keys over their whole width), and is not converted.
+("mosaic_gpt", with norms of queries and keys over their whole width), and is `REFUSED`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mmjax.convert.families._decoder import NO_TOKENS, check_causal, tied_head
-from mmjax.convert.family import FAMILIES, Family, Source
+from mmjax.convert.family import FAMILIES, REFUSED, Family, Source
 from mmjax.convert.kinds import EMBEDDING, LINEAR, NORM, fused
 from mmjax.convert.table import Row
 from mmjax.models.lm import LM, LMConfig
@@ -107,4 +107,11 @@ FAMILIES.register("MptForCausalLM")(
         ignored=tied_head,
         aliases=("MptModel", "MPTForCausalLM"),
     )
+)
+
+REFUSED["mosaic_gpt"] = (
+    "MPT-1B, the language model of OpenFlamingo-3B, is not converted. It normalises queries and "
+    "keys over their whole width, which our MPT does not, and transformers has no class to compare "
+    "it with, or to save it as. Take OpenFlamingo-4B (of RedPajama-INCITE, a GPT-NeoX) or -9B (of "
+    "MPT-7B)."
 )
