@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from PIL import Image
+from scipy import stats
 
 from mmjax import params, sharding
 from mmjax.convert import ConversionError
@@ -360,7 +361,9 @@ def test_the_true_picture_among_others(context, drawn, tokenizer):
     )
     scores = choice.run(arrays)
     assert scores["chance/accuracy"] == 1 / 4
-    assert scores["shuffled/accuracy_low"] < 1 / 4 < scores["shuffled/accuracy_high"]
+    # Which pictures are the others depends on the directory: chance may go far, but not so far.
+    right = round(scores["shuffled/accuracy"] * scores["n"])
+    assert stats.binomtest(right, round(scores["n"]), 1 / 4).pvalue > 1e-3
     assert {"accuracy_by_gain", "shuffled/accuracy_by_gain_high"} < set(scores)
     lines = (context.workdir / "pictures.jsonl").read_text().splitlines()
     ranks = [json.loads(line)["model"] for line in lines]

@@ -200,7 +200,6 @@ BAD = {
     "images": (dict(images=np.zeros((1, 8, 8, 3))), "LM takes no images"),
     "nothing to do": (dict(max_new_tokens=0), "at least 1"),
     "no key": (dict(temperature=1.0), "give key"),
-    "a seed for a key": (dict(temperature=1.0, key=0), r"give key=jax.random.key\(0\)"),
     "keys for other rows": (dict(temperature=1.0, key=jax.random.split(jax.random.key(0), 3)), "3"),
     "negative temperature": (dict(temperature=-1.0), "temperature=-1"),
     "top-k of the best": (dict(top_k=3, min_p=0.1), "top_k, min_p choose from what is drawn"),
