@@ -158,13 +158,12 @@ class Comparison:
         return self._errors(self.whole)
 
     def _errors(self, arms: Sequence[str]) -> Errors:
-        weights = self.asked
-        if weights is None:
+        if self.asked is None:
             table = np.stack([self.scores(arm).sort_index() for arm in arms])
             return mean_errors(table[..., None], np.zeros(1, int), np.ones(1))
-        scores = self.results.answers.scores
-        table = np.stack([scores[arm].sort_index() for arm in arms])
-        return mean_errors(table, self.clusters, weights)
+        answers = self.results.answers
+        table = np.stack([answers.scores[arm].sort_index() for arm in arms])
+        return mean_errors(table, self.clusters, self.asked)
 
     def _squares(self, weights: Mapping[str, float]) -> float:
         """See `Errors.interval`; the mean of an arm that lacks seeds is known less exactly."""

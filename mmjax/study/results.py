@@ -129,10 +129,9 @@ class Measured(NamedTuple):
 
 def read_costs(directory: Path) -> Measured:
     found = json.loads((directory / COSTS).read_text("utf-8"))
-    rows = [{"arm": arm, **row} for arm, row in found["arms"].items()]
-    return Measured(
-        pd.DataFrame(rows, columns=None if rows else ["arm"]), found["device"], found["failed"]
-    )
+    costs = pd.DataFrame.from_dict(found["arms"], orient="index").rename_axis("arm").reset_index()
+    # Files of older versions do not say what failed.
+    return Measured(costs, found["device"], found.get("failed", {}))
 
 
 @dataclasses.dataclass(frozen=True)
